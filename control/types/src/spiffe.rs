@@ -125,7 +125,8 @@ fn check_path(path: &str) -> Result<(), SpiffeError> {
         return Ok(());
     }
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
-    let segment = |segment: &str| !segment.is_empty() && segment != "." && segment != ".." && segment.bytes().all(allowed);
+    let segment =
+        |segment: &str| !segment.is_empty() && segment != "." && segment != ".." && segment.bytes().all(allowed);
     if path[1..].split('/').all(segment) { Ok(()) } else { Err(SpiffeError::Path(path.to_owned())) }
 }
 
