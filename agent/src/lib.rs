@@ -1,1 +1,6 @@
-//! Placeholder.
+//! The node agent: runs jobs, owns this node's workloads and kernel programs, feeds the worker, serves the control plane.
+
+#![deny(unsafe_code)]
+
+pub mod events;
+pub mod lock;

@@ -1,0 +1,93 @@
+//! One agent per network namespace.
+//!
+//! The lock is an abstract unix socket: it is scoped by the network namespace, as are the bridge and the nftables table it
+//! guards, and the kernel drops it with the process, also on `kill -9`. Who finds it taken asks it who is running.
+
+use std::io::{Read as _, Write as _};
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+/// Abstract name of the lock.
+const NAME: &[u8] = b"culvert/agent";
+/// How long a running agent may take to say who it is.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// Longest answer that is read.
+const MAX_ANSWER: u64 = 4096;
+
+/// Who holds the lock.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Holder {
+    /// Process id, in the holder's pid namespace.
+    pub pid: u32,
+    /// Where the holder keeps its state.
+    pub data_dir: PathBuf,
+    /// When it started: seconds since 1970.
+    pub started: u64,
+}
+
+/// Why the lock was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Another agent runs in this network namespace.
+    #[error(
+        "another culvert agent is running here: pid {}, data directory {}; stop it with `culvert leave`, or use its API",
+        .0.pid, .0.data_dir.display()
+    )]
+    Running(Holder),
+    /// Something holds the name but does not say who it is.
+    #[error("the name @culvert/agent is taken by a process that does not answer as an agent")]
+    Silent,
+    /// The socket could not be made.
+    #[error("take the agent lock @culvert/agent")]
+    Socket(#[source] std::io::Error),
+}
+
+/// Takes the lock until this process ends, for an agent that keeps its state in `data_dir`. A thread of its own answers who
+/// holds it.
+///
+/// # Errors
+/// [`LockError::Running`] with the holder when another agent runs in this network namespace.
+pub fn take(data_dir: &Path, started: u64) -> Result<(), LockError> {
+    let address = SocketAddr::from_abstract_name(NAME).map_err(LockError::Socket)?;
+    let listener = match UnixListener::bind_addr(&address) {
+        Ok(listener) => listener,
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => return Err(ask(&address)),
+        Err(error) => return Err(LockError::Socket(error)),
+    };
+    let holder = Holder { pid: std::process::id(), data_dir: data_dir.to_owned(), started };
+    std::thread::Builder::new()
+        .name("agent-lock".into())
+        .spawn(move || answer(&listener, &holder))
+        .map_err(LockError::Socket)?;
+    Ok(())
+}
+
+fn ask(address: &SocketAddr) -> LockError {
+    let holder = || -> std::io::Result<Holder> {
+        let stream = UnixStream::connect_addr(address)?;
+        stream.set_read_timeout(Some(ANSWER_WITHIN))?;
+        let mut text = String::new();
+        stream.take(MAX_ANSWER).read_to_string(&mut text)?;
+        Ok(serde_json::from_str(&text)?)
+    };
+    holder().map_or(LockError::Silent, LockError::Running)
+}
+
+fn answer(listener: &UnixListener, holder: &Holder) {
+    let text = serde_json::to_vec(holder).expect("a holder is plain data");
+    for stream in listener.incoming() {
+        let told = stream.and_then(|mut stream| {
+            stream.set_write_timeout(Some(ANSWER_WITHIN))?;
+            stream.write_all(&text)
+        });
+        if let Err(error) = told {
+            warn!(%error, "could not tell another agent who holds the lock");
+            std::thread::sleep(Duration::from_millis(50)); // an error that repeats must not spin
+        }
+    }
+}
