@@ -1,9 +1,11 @@
 //! The data plane of culvert: what carries the bytes between applications.
 //!
-//! [`bootstrap`] reads how a sidecar was started, [`xds`] fetches configuration from a control plane (culvert's or Consul's),
-//! [`config`] is that configuration parsed into types, [`rbac`] decides per connection.
+//! Owns everything between a workload's socket and the wire. Knows no eBPF and no control plane: [`config`] is what it is
+//! told, parsed into types, [`rbac`] decides per connection, sockets come through [`handoff`], what happened leaves as
+//! [`culvert_types::ConnectionEvent`].
 
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod handoff;
 pub mod rbac;
