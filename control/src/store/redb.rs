@@ -1,0 +1,238 @@
+//! The store of a server: one redb file, 0600, synced to disk before a commit is acknowledged.
+//!
+//! Layout 1: table `meta` (`schema`, `revision` → u64) and table `rows` (`(table, key)` → `created` u64 LE, `modified`
+//! u64 LE, JSON). A file of a newer layout is refused, so that an old program never writes into it.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use parking_lot::Mutex;
+use redb::{Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, StorageError, TableDefinition};
+
+use super::feed::{Feed, Watch};
+use super::{
+    BackendError, Change, Commit, CommitError, Contents, Operation, Revision, Row, RowKey, Store, StoreError, Table,
+    Transaction,
+};
+
+/// The layout that this program writes.
+pub const SCHEMA_VERSION: u64 = 1;
+/// Memory that redb may use for pages. Its default of 1 GiB is not for an agent.
+const CACHE: usize = 8 << 20;
+/// Bytes before the JSON of a row.
+const ROW_HEADER: usize = 16;
+
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+const ROWS: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("rows");
+
+/// Rows in a file.
+pub struct RedbStore {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    path: PathBuf,
+    database: Database,
+    feed: Feed,
+    /// Held over commit and publish, so that watchers see commits in order.
+    order: Mutex<()>,
+}
+
+impl RedbStore {
+    /// Opens or makes the file. Its directory must exist. Blocks on the disk.
+    ///
+    /// # Errors
+    /// [`StoreError`]: not accessible, in use, damaged, or of a newer layout.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(|source| StoreError::File { path: path.to_owned(), source })?;
+        let database = Database::builder().set_cache_size(CACHE).create_file(file).map_err(|err| match err {
+            DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
+            DatabaseError::Storage(StorageError::Io(source)) if source.kind() != std::io::ErrorKind::InvalidData => {
+                StoreError::File { path: path.to_owned(), source }
+            }
+            other => StoreError::Damaged { path: path.to_owned(), what: other.to_string() },
+        })?;
+        let revision = prepare(&database, path)?;
+        let inner = Inner { path: path.to_owned(), database, feed: Feed::new(revision), order: Mutex::new(()) };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+}
+
+/// Checks the layout, or writes it into a new file; returns the last revision.
+fn prepare(database: &Database, path: &Path) -> Result<Revision, StoreError> {
+    let backend = |err: redb::Error| StoreError::Backend(err.into());
+    let damaged = |what: &str| StoreError::Damaged { path: path.to_owned(), what: what.to_owned() };
+    let transaction = database.begin_write().map_err(|err| backend(err.into()))?;
+    let revision = {
+        let mut meta = transaction.open_table(META).map_err(|err| match err {
+            redb::TableError::Storage(err) => backend(err.into()),
+            other => damaged(&other.to_string()),
+        })?;
+        let schema = meta.get("schema").map_err(|err| backend(err.into()))?.map(|value| value.value());
+        match schema {
+            Some(SCHEMA_VERSION) => {}
+            Some(found) if found > SCHEMA_VERSION => {
+                return Err(StoreError::NewerLayout { path: path.to_owned(), found });
+            }
+            Some(found) => return Err(damaged(&format!("layout {found} was never released"))),
+            None => {
+                let foreign = transaction
+                    .list_tables()
+                    .map_err(|err| backend(err.into()))?
+                    .any(|table| redb::TableHandle::name(&table) != "meta");
+                if foreign {
+                    return Err(damaged("it has no layout number"));
+                }
+                meta.insert("schema", SCHEMA_VERSION).map_err(|err| backend(err.into()))?;
+                meta.insert("revision", 0).map_err(|err| backend(err.into()))?;
+            }
+        }
+        let revision = meta.get("revision").map_err(|err| backend(err.into()))?.map(|value| value.value());
+        Revision(revision.ok_or_else(|| damaged("it has no revision"))?)
+    };
+    transaction.open_table(ROWS).map_err(|err| damaged(&err.to_string()))?;
+    transaction.commit().map_err(|err| backend(err.into()))?;
+    Ok(revision)
+}
+
+impl Inner {
+    fn commit(&self, transaction: Transaction) -> Result<Revision, CommitError> {
+        transaction.check()?;
+        let _order = self.order.lock();
+        let (revision, changes) = match self.write(transaction) {
+            Ok(written) => written,
+            Err(WriteError::Conflict(key)) => return Err(CommitError::Conflict(key)),
+            Err(WriteError::Backend(err)) => return Err(CommitError::Backend(err)),
+        };
+        self.feed.publish(Commit { revision, changes });
+        Ok(revision)
+    }
+
+    /// One redb transaction; dropped (and so rolled back) on any error.
+    fn write(&self, transaction: Transaction) -> Result<(Revision, Vec<Change>), WriteError> {
+        let write = self.database.begin_write()?;
+        let mut changes = Vec::with_capacity(transaction.operations.len());
+        let revision = {
+            let mut rows = write.open_table(ROWS)?;
+            for guard in &transaction.guards {
+                let RowKey { table, key } = guard.key();
+                let stored = rows.get((table.as_str(), key.as_str()))?;
+                let stored = stored.map(|bytes| decode(bytes.value())).transpose().map_err(WriteError::Backend)?;
+                let modified = stored.map(|row| row.modified);
+                if !guard.holds(modified) {
+                    return Err(WriteError::Conflict(guard.key().clone()));
+                }
+            }
+            let mut meta = write.open_table(META)?;
+            let last = meta.get("revision")?.map_or(0, |value| value.value());
+            let revision = Revision(last + 1);
+            meta.insert("revision", revision.0)?;
+            for operation in transaction.operations {
+                match operation {
+                    Operation::Put(key, value) => {
+                        let at = (key.table.as_str(), key.key.as_str());
+                        let stored = rows.get(at)?.map(|bytes| decode(bytes.value()));
+                        let stored = stored.transpose().map_err(WriteError::Backend)?;
+                        let created = stored.map_or(revision, |row| row.created);
+                        let row = Row { value, created, modified: revision };
+                        rows.insert(at, encode(&row).as_slice())?;
+                        changes.push(Change { key, row: Some(row) });
+                    }
+                    Operation::Delete(key) => {
+                        if rows.remove((key.table.as_str(), key.key.as_str()))?.is_some() {
+                            changes.push(Change { key, row: None });
+                        }
+                    }
+                }
+            }
+            revision
+        };
+        // redb's default durability: the data is on disk (fdatasync) when this returns.
+        write.commit()?;
+        Ok((revision, changes))
+    }
+
+    fn load(&self) -> Result<Contents, StoreError> {
+        self.read().map_err(StoreError::Backend)
+    }
+
+    fn read(&self) -> Result<Contents, BackendError> {
+        let read = self.database.begin_read()?;
+        let revision = read.open_table(META)?.get("revision")?.map_or(0, |value| value.value());
+        let mut rows = Vec::new();
+        for entry in read.open_table(ROWS)?.iter()? {
+            let (at, bytes) = entry?;
+            let (name, key) = at.value();
+            let unknown = || format!("{} holds rows of the unknown table {name:?}", self.path.display());
+            let table = Table::from_name(name).ok_or_else(unknown)?;
+            rows.push((RowKey::new(table, key), decode(bytes.value())?));
+        }
+        Ok(Contents { revision: Revision(revision), rows })
+    }
+}
+
+/// A conflict, or anything that redb reports.
+enum WriteError {
+    Conflict(RowKey),
+    Backend(BackendError),
+}
+
+impl<E: Into<redb::Error>> From<E> for WriteError {
+    fn from(err: E) -> Self {
+        Self::Backend(Box::new(err.into()))
+    }
+}
+
+fn encode(row: &Row) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(ROW_HEADER + row.value.len());
+    bytes.extend_from_slice(&row.created.0.to_le_bytes());
+    bytes.extend_from_slice(&row.modified.0.to_le_bytes());
+    bytes.extend_from_slice(&row.value);
+    bytes
+}
+
+fn decode(bytes: &[u8]) -> Result<Row, BackendError> {
+    let short = || format!("a row of {} bytes has no header", bytes.len());
+    let (created, rest) = bytes.split_first_chunk::<8>().ok_or_else(short)?;
+    let (modified, value) = rest.split_first_chunk::<8>().ok_or_else(short)?;
+    Ok(Row {
+        value: Bytes::copy_from_slice(value),
+        created: Revision(u64::from_le_bytes(*created)),
+        modified: Revision(u64::from_le_bytes(*modified)),
+    })
+}
+
+impl Store for RedbStore {
+    fn commit(&self, transaction: Transaction) -> BoxFuture<'_, Result<Revision, CommitError>> {
+        let inner = Arc::clone(&self.inner);
+        Box::pin(async move {
+            tokio::task::spawn_blocking(move || inner.commit(transaction))
+                .await
+                .unwrap_or_else(|err| Err(CommitError::Backend(Box::new(err))))
+        })
+    }
+
+    fn load(&self) -> BoxFuture<'_, Result<Contents, StoreError>> {
+        let inner = Arc::clone(&self.inner);
+        Box::pin(async move {
+            tokio::task::spawn_blocking(move || inner.load())
+                .await
+                .unwrap_or_else(|err| Err(StoreError::Backend(Box::new(err))))
+        })
+    }
+
+    fn watch(&self, after: Revision) -> Watch {
+        self.inner.feed.watch(after)
+    }
+}
