@@ -10,6 +10,7 @@ mod cluster;
 mod explain;
 mod listener;
 mod matcher;
+pub mod parse;
 mod tls;
 
 use std::collections::BTreeMap;
