@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 /// Longest service name: it must fit a DNS label (RFC 1035 §2.3.4) in `<name>.service.consul` and in the SNI.
-pub(crate) const MAX_SERVICE_NAME: usize = 63;
+pub const MAX_SERVICE_NAME: usize = 63;
 
 /// Why a name was refused.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]

@@ -9,9 +9,9 @@ use std::str::FromStr;
 use crate::name::{Datacenter, NameError, ServiceName};
 
 /// Longest SPIFFE ID (SPIFFE-ID §2.3).
-pub(crate) const MAX_SPIFFE_ID: usize = 2048;
+pub const MAX_SPIFFE_ID: usize = 2048;
 /// Longest trust domain name (SPIFFE-ID §2.1: a host of at most 255 bytes).
-pub(crate) const MAX_TRUST_DOMAIN: usize = 255;
+pub const MAX_TRUST_DOMAIN: usize = 255;
 /// The only namespace of the community edition.
 const NAMESPACE: &str = "default";
 
