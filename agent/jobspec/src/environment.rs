@@ -1,0 +1,279 @@
+//! The environment of a task, and what `${…}` means for one allocation (Nomad's "Runtime Environment").
+//!
+//! Left out: `PATH`, `HOME` and the like, which the driver decides.
+
+use crate::template::{Target, target};
+use crate::{Group, Job, Task, Template, TemplateError, UnknownTask};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+/// Longest value of one variable in bytes: Linux takes no more (`MAX_ARG_STRLEN`, execve(2)).
+pub const MAX_VALUE: usize = 128 * 1024;
+
+/// What an allocation knows about itself and its node.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct AllocContext {
+    /// UUID of the allocation.
+    pub alloc_id: String,
+    /// Which of the group's `count` instances, from 0.
+    pub index: u32,
+    /// The node that runs it.
+    pub node: NodeContext,
+    /// Under which address the node publishes ports.
+    pub host_ip: IpAddr,
+    /// The allocation's own address, inside its network namespace.
+    pub alloc_ip: IpAddr,
+    /// The interface that carries `alloc_ip`.
+    pub alloc_interface: String,
+    /// The ports of the group's network by label; the sidecars' as `connect-proxy-<service>`.
+    pub ports: BTreeMap<String, PortBinding>,
+}
+
+/// The node, as `${node.…}`, `${attr.…}` and `${meta.…}` show it.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct NodeContext {
+    /// `node.unique.id`.
+    pub id: String,
+    /// `node.unique.name`.
+    pub name: String,
+    /// `node.datacenter` and `NOMAD_DC`.
+    pub datacenter: String,
+    /// `attr.<key>`, for example `kernel.name`.
+    pub attributes: BTreeMap<String, String>,
+    /// `meta.<key>`.
+    pub meta: BTreeMap<String, String>,
+}
+
+/// Where a `port` block ended up.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct PortBinding {
+    /// Port of the host.
+    pub host: u16,
+    /// Port inside the network namespace.
+    pub inside: u16,
+}
+
+/// A task's directories, as the task itself sees them.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct TaskDirs {
+    /// `NOMAD_ALLOC_DIR`: shared by the tasks of the allocation.
+    pub alloc: String,
+    /// `NOMAD_TASK_DIR`: the task's own (`local`).
+    pub local: String,
+    /// `NOMAD_SECRETS_DIR`: readable by the task alone.
+    pub secrets: String,
+}
+
+/// Why a task has no environment.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum EnvironmentError {
+    /// The job has no such task.
+    #[error(transparent)]
+    UnknownTask(#[from] UnknownTask),
+    /// References to references made a value that no process can be given.
+    #[error("job {job:?}: variable {variable:?}: {error}")]
+    Value {
+        /// Job id.
+        job: String,
+        /// Name of the variable.
+        variable: String,
+        /// What is wrong with it.
+        error: TemplateError,
+    },
+}
+
+/// Values of one allocation, for its processes and for `${…}`.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Environment {
+    variables: BTreeMap<String, String>,
+    node: BTreeMap<String, String>,
+}
+
+impl Environment {
+    /// What the services of `group` may refer to.
+    ///
+    /// # Errors
+    /// [`EnvironmentError::Value`] for a `meta` value of more than [`MAX_VALUE`] bytes.
+    pub fn of_group(job: &Job, group: &Group, context: &AllocContext) -> Result<Self, EnvironmentError> {
+        let mut environment = Self::base(job, group, context);
+        environment.add_meta(job, group, None)?;
+        Ok(environment)
+    }
+
+    /// What `task` of `group` finds in its environment, and what its `args` may refer to.
+    ///
+    /// # Errors
+    /// [`EnvironmentError`] for a task that `job` does not have, and for a value of more than [`MAX_VALUE`] bytes.
+    pub fn of_task(
+        job: &Job,
+        group: &str,
+        task: &str,
+        context: &AllocContext,
+        dirs: &TaskDirs,
+    ) -> Result<Self, EnvironmentError> {
+        let (group, task) = job.task(group, task)?;
+        let mut environment = Self::base(job, group, context);
+        environment.set("NOMAD_TASK_NAME", &task.name);
+        environment.set("NOMAD_ALLOC_DIR", &dirs.alloc);
+        environment.set("NOMAD_TASK_DIR", &dirs.local);
+        environment.set("NOMAD_SECRETS_DIR", &dirs.secrets);
+        environment.set("NOMAD_CPU_LIMIT", task.resources.cpu_mhz);
+        environment.set("NOMAD_MEMORY_LIMIT", task.resources.memory_mb);
+        environment.add_meta(job, group, Some(task))?;
+        environment.add_task_env(job, &task.env)?;
+        Ok(environment)
+    }
+
+    /// The variables for the process; names are safe for a shell, with the raw form beside them where they differ.
+    #[must_use]
+    pub fn variables(&self) -> &BTreeMap<String, String> {
+        &self.variables
+    }
+
+    /// The value of what stands between `${` and `}`.
+    #[must_use]
+    pub fn lookup(&self, reference: &str) -> Option<&str> {
+        match target(reference) {
+            Target::Variable(name) => self.variables.get(name),
+            Target::Node(name) => self.node.get(name),
+        }
+        .map(String::as_str)
+    }
+
+    fn base(job: &Job, group: &Group, context: &AllocContext) -> Self {
+        let mut environment = Self { variables: BTreeMap::new(), node: node_values(&context.node) };
+        let id = &context.alloc_id;
+        environment.set("NOMAD_ALLOC_ID", id);
+        environment.set("NOMAD_SHORT_ALLOC_ID", id.chars().take(8).collect::<String>());
+        environment.set("NOMAD_ALLOC_NAME", format!("{}.{}[{}]", job.id, group.name, context.index));
+        environment.set("NOMAD_ALLOC_INDEX", context.index);
+        environment.set("NOMAD_GROUP_NAME", &group.name);
+        environment.set("NOMAD_JOB_ID", &job.id);
+        environment.set("NOMAD_JOB_NAME", &job.id);
+        environment.set("NOMAD_NAMESPACE", &job.namespace);
+        environment.set("NOMAD_REGION", &job.region);
+        environment.set("NOMAD_DC", &context.node.datacenter);
+        for (label, port) in &context.ports {
+            environment.add_port(label, *port, context);
+        }
+        for service in &group.services {
+            for upstream in service.connect.iter().flat_map(|connect| &connect.sidecar.proxy.upstreams) {
+                // Always 127.0.0.1, as Nomad's, whatever `local_bind_address` says; with another one the application
+                // has to name the address itself.
+                let (name, port) = (&upstream.destination_name, upstream.local_bind_port);
+                environment.set_both(&format!("NOMAD_UPSTREAM_ADDR_{name}"), format!("127.0.0.1:{port}"));
+                environment.set_both(&format!("NOMAD_UPSTREAM_IP_{name}"), "127.0.0.1".to_owned());
+                environment.set_both(&format!("NOMAD_UPSTREAM_PORT_{name}"), port.to_string());
+            }
+        }
+        environment
+    }
+
+    fn add_port(&mut self, label: &str, port: PortBinding, context: &AllocContext) {
+        let host = SocketAddr::new(context.host_ip, port.host);
+        let inside = SocketAddr::new(context.alloc_ip, port.inside);
+        for (prefix, value) in [
+            ("NOMAD_PORT_", port.inside.to_string()),
+            ("NOMAD_ALLOC_PORT_", port.inside.to_string()),
+            ("NOMAD_HOST_PORT_", port.host.to_string()),
+            ("NOMAD_IP_", context.host_ip.to_string()),
+            ("NOMAD_HOST_IP_", context.host_ip.to_string()),
+            ("NOMAD_ADDR_", host.to_string()),
+            ("NOMAD_HOST_ADDR_", host.to_string()),
+            ("NOMAD_ALLOC_IP_", context.alloc_ip.to_string()),
+            ("NOMAD_ALLOC_ADDR_", inside.to_string()),
+            ("NOMAD_ALLOC_INTERFACE_", context.alloc_interface.clone()),
+        ] {
+            self.set_both(&format!("{prefix}{label}"), value);
+        }
+    }
+
+    /// `NOMAD_META_<key>` as written and in upper case.
+    fn add_meta(&mut self, job: &Job, group: &Group, task: Option<&Task>) -> Result<(), EnvironmentError> {
+        let mut rendered = Vec::new();
+        for (key, value) in job.task_meta(group, task) {
+            rendered.push((key.to_owned(), self.value(job, key, value)?));
+        }
+        for (key, value) in rendered {
+            self.set_both(&format!("NOMAD_META_{key}"), value.clone());
+            self.set_both(&format!("NOMAD_META_{}", key.to_uppercase()), value);
+        }
+        Ok(())
+    }
+
+    /// Adds `env`. Values may refer to each other in any order; a circle leaves its references as written.
+    fn add_task_env(&mut self, job: &Job, env: &BTreeMap<String, Template>) -> Result<(), EnvironmentError> {
+        let mut waiting: BTreeSet<&str> = env.keys().map(String::as_str).collect();
+        while !waiting.is_empty() {
+            let ready = |name: &&str| !refers_to(&env[*name], |other| waiting.contains(other));
+            let mut turn: Vec<&str> = waiting.iter().copied().filter(ready).collect();
+            if turn.is_empty() {
+                turn = waiting.iter().copied().collect();
+            }
+            for name in turn {
+                let value = self.value(job, name, &env[name])?;
+                self.set_both(name, value);
+                waiting.remove(name);
+            }
+        }
+        Ok(())
+    }
+
+    fn value(&self, job: &Job, variable: &str, template: &Template) -> Result<String, EnvironmentError> {
+        let variable = || variable.to_owned();
+        template.render("its value", self).map_err(|error| EnvironmentError::Value {
+            job: job.id.clone(),
+            variable: variable(),
+            error,
+        })
+    }
+
+    fn set(&mut self, name: &str, value: impl ToString) {
+        self.variables.insert(name.to_owned(), value.to_string());
+    }
+
+    /// Sets `name` and its shell-safe form.
+    fn set_both(&mut self, name: &str, value: String) {
+        let clean = clean_name(name);
+        if clean != name {
+            self.variables.insert(clean, value.clone());
+        }
+        self.variables.insert(name.to_owned(), value);
+    }
+}
+
+fn refers_to(template: &Template, is: impl Fn(&str) -> bool) -> bool {
+    template.references().any(|reference| matches!(target(reference), Target::Variable(name) if is(name)))
+}
+
+fn node_values(node: &NodeContext) -> BTreeMap<String, String> {
+    let fixed = [("node.unique.id", &node.id), ("node.unique.name", &node.name), ("node.datacenter", &node.datacenter)];
+    let attributes = node.attributes.iter().map(|(key, value)| (format!("attr.{key}"), value));
+    let meta = node.meta.iter().map(|(key, value)| (format!("meta.{key}"), value));
+    let fixed = fixed.into_iter().map(|(key, value)| (key.to_owned(), value));
+    fixed.chain(attributes).chain(meta).map(|(key, value)| (key, value.clone())).collect()
+}
+
+/// Nomad's rule: letters, `_`, `.` and (not first) digits stay; every other byte becomes `_`.
+#[must_use]
+pub fn clean_name(name: &str) -> String {
+    let keep = |(at, byte): (usize, u8)| match byte {
+        b'a'..=b'z' | b'A'..=b'Z' | b'_' | b'.' => char::from(byte),
+        b'0'..=b'9' if at > 0 => char::from(byte),
+        _ => '_',
+    };
+    name.bytes().enumerate().map(keep).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::clean_name;
+
+    #[test]
+    fn names_are_cleaned_as_nomad_does() {
+        assert_eq!(clean_name("NOMAD_UPSTREAM_ADDR_count-api"), "NOMAD_UPSTREAM_ADDR_count_api");
+        assert_eq!(clean_name("1a.b"), "_a.b");
+        assert_eq!(clean_name("é"), "__");
+    }
+}
