@@ -1,2 +1,55 @@
-//! Placeholder.
-fn main() {}
+//! The only entry point for developers and CI: `cargo xtask <command>`.
+//!
+//! Each command sets itself up: it checks what it needs, installs what is missing as root on Debian (saying what and why), and
+//! with `--no-install` only checks.
+
+#![forbid(unsafe_code)]
+#![expect(clippy::print_stdout, reason = "a command-line tool talks on standard output")]
+
+mod arrows;
+mod command;
+mod fuzz;
+mod lint;
+mod setup;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Build, check and run culvert", disable_help_subcommand = true)]
+struct Arguments {
+    /// Only check what is needed; install nothing.
+    #[arg(long, global = true)]
+    no_install: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Format, clippy, dependency policy and the direction of crate arrows.
+    Lint,
+    /// Everything that can fail: units, properties, network namespaces, eBPF, real Envoy, a real browser.
+    Test(test::Options),
+    /// Feed the parsers of outside input with random bytes.
+    Fuzz(fuzz::Options),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let setup = setup::Setup { install: !arguments.no_install };
+    let result = match arguments.command {
+        Command::Lint => lint::run(&setup),
+        Command::Test(options) => test::run(&setup, &options),
+        Command::Fuzz(options) => fuzz::run(&setup, &options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("\nxtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

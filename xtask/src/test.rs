@@ -1,0 +1,34 @@
+//! `cargo xtask test`: prerequisites, then everything, by nextest.
+
+use anyhow::bail;
+use clap::Args;
+
+use crate::command::{self, cargo};
+use crate::setup::{CHROMEDRIVER, CHROMIUM, IP, NFT, Setup, is_root};
+
+/// Runs each test in a process of its own, so that namespaces and working directories do not mix.
+const NEXTEST: &str = "0.9.143";
+/// The Envoy that our xDS server is tested with.
+pub(crate) const ENVOY: &str = "1.40.0";
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Passed on to nextest: a filter, `-p <crate>`, …
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    nextest: Vec<String>,
+}
+
+pub(crate) fn run(setup: &Setup, options: &Options) -> anyhow::Result<()> {
+    if !is_root() {
+        bail!(
+            "the tests make network namespaces, cgroups and eBPF programs, which needs root: sudo -E cargo xtask test\n\
+             (without root: cargo nextest run -p culvert-types -p culvert-api -p culvert-jobspec -p culvert-control -p culvert-proxy)"
+        );
+    }
+    setup.programs(&[&IP, &NFT, &CHROMIUM, &CHROMEDRIVER])?;
+    setup.cargo_tool("cargo-nextest", NEXTEST, "runs each test in a process of its own")?;
+    let envoy = setup.envoy(ENVOY)?;
+    // End-to-end tests start the real binaries.
+    command::run(cargo().args(["build", "--workspace", "--bins", "--quiet"]))?;
+    command::run(cargo().args(["nextest", "run", "--workspace"]).args(&options.nextest).env("CULVERT_ENVOY", envoy))
+}
