@@ -4,3 +4,6 @@
 
 pub mod events;
 pub mod lock;
+pub mod sys;
+pub mod task;
+pub mod workload;

@@ -49,7 +49,11 @@ impl ConnectionMetrics {
             bytes: Family::default(),
             lost: Counter::default(),
         };
-        registry.register("connections", "Connections let through, by the path their bytes take", metrics.opened.clone());
+        registry.register(
+            "connections",
+            "Connections let through, by the path their bytes take",
+            metrics.opened.clone(),
+        );
         registry.register("connections_open", "Connections open now", metrics.open.clone());
         registry.register("refusals", "Connections refused or ended by policy, with the rule", metrics.refused.clone());
         registry.register_with_unit(

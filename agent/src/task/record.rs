@@ -1,0 +1,184 @@
+//! What is kept of a running or ended task: enough for another agent to find it again, and to be sure that it is it.
+//!
+//! A process is identified by pid, start time and boot: pids are reused, the triple is not.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::workload::AllocId;
+
+/// A process that cannot be mistaken for a later one with the same pid.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ProcessIdentity {
+    /// The pid in the agent's pid namespace.
+    pub pid: u32,
+    /// Start time in clock ticks since boot: field 22 of `/proc/<pid>/stat`.
+    pub start_time: u64,
+    /// `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
+}
+
+impl ProcessIdentity {
+    /// Reads the identity of `pid`.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such process.
+    pub fn of(pid: u32) -> io::Result<Self> {
+        Ok(Self { pid, start_time: start_time(pid)?, boot_id: boot_id()? })
+    }
+
+    /// Does this very process still exist (a zombie counts)?
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        Self::of(self.pid).is_ok_and(|now| now == *self)
+    }
+}
+
+fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+fn start_time(pid: u32) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    parse_start_time(&stat)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat: {stat:?}")))
+}
+
+/// Field 22; the name in field 2 may hold anything, so counting starts after its closing parenthesis.
+fn parse_start_time(stat: &str) -> Option<u64> {
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+/// A started task, as the agent keeps it in its own records and the executor in `<task>/executor.json`.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct TaskRecord {
+    /// The allocation.
+    pub alloc_id: AllocId,
+    /// The task's name.
+    pub task: String,
+    /// The task's main process; for `exec` the init of its pid namespace, which passes signals on.
+    pub process: ProcessIdentity,
+    /// The executor: ends after the task, when the exit status is on disk.
+    pub executor: ProcessIdentity,
+    /// The task's cgroup below each hierarchy's root.
+    pub cgroup: PathBuf,
+    /// The task's directory, with `exit.json`.
+    pub task_dir: PathBuf,
+    /// When it was started.
+    pub started_at: SystemTime,
+    /// Sentences for the task's events: limits that the host cannot enforce.
+    pub notes: Vec<String>,
+}
+
+/// How a task ended.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ExitStatus {
+    /// The exit code; 128 + signal when a signal ended it.
+    pub exit_code: i32,
+    /// The signal that ended it, 0 for none.
+    pub signal: i32,
+    /// The kernel killed it for its memory limit.
+    pub oom_killed: bool,
+    /// Why the status is not the task's own: the executor vanished, the host went down.
+    pub error: Option<String>,
+    /// When it was started.
+    pub started_at: SystemTime,
+    /// When it ended.
+    pub finished_at: SystemTime,
+}
+
+impl ExitStatus {
+    /// Did the task end by itself with code 0?
+    #[must_use]
+    pub fn success(&self) -> bool {
+        self.exit_code == 0 && self.signal == 0 && self.error.is_none()
+    }
+}
+
+/// `exit.json`: the status and whose it is.
+#[derive(Deserialize, Serialize)]
+pub(crate) struct ExitFile {
+    pub(crate) executor: ProcessIdentity,
+    pub(crate) status: ExitStatus,
+}
+
+/// Name of the record that the executor leaves in the task's directory.
+pub(crate) const EXECUTOR_FILE: &str = "executor.json";
+/// Name of the exit status in the task's directory.
+pub(crate) const EXIT_FILE: &str = "exit.json";
+
+/// Writes `value` so that a reader sees the old file or the whole new one, also after a power cut.
+pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
+    let bytes = serde_json::to_vec_pretty(value)?;
+    write_atomically(path, &bytes)
+}
+
+/// As [`write_json`], for bytes; mode 0600.
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+    name.push(".new");
+    let temporary = directory.join(name);
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    fs::File::open(directory)?.sync_all()
+}
+
+/// Reads what [`write_json`] wrote; `None` when there is no such file.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The record that an executor left for `task_dir`, if any: for an agent that died before it could keep its own.
+///
+/// # Errors
+/// When the file is there but cannot be read or understood.
+pub fn find_record(task_dir: &Path) -> io::Result<Option<TaskRecord>> {
+    read_json(&task_dir.join(EXECUTOR_FILE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_start_time_is_found_behind_a_hostile_name() {
+        let tail = "S 1 2 3 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 987654 1000 200";
+        assert_eq!(parse_start_time(&format!("42 (a) b) R 1) {tail}")), Some(987_654));
+        assert_eq!(parse_start_time("42 (cut) S 1 2"), None);
+        assert_eq!(parse_start_time(""), None);
+    }
+
+    #[test]
+    fn this_process_exists_and_an_older_one_of_its_pid_does_not() {
+        let own = ProcessIdentity::of(std::process::id()).expect("this process");
+        assert!(own.exists());
+        assert!(!ProcessIdentity { start_time: own.start_time - 1, ..own.clone() }.exists());
+        assert!(!ProcessIdentity { boot_id: "another boot".into(), ..own }.exists());
+    }
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("value.json");
+        assert_eq!(read_json::<Vec<u8>>(&path).expect("no file"), None);
+        for value in [vec![1_u8, 2, 3], vec![4]] {
+            write_json(&path, &value).expect("written");
+            assert_eq!(read_json(&path).expect("read"), Some(value));
+        }
+        let names: Vec<_> = fs::read_dir(directory.path()).expect("a directory").collect();
+        assert_eq!(names.len(), 1, "no temporary file stays");
+    }
+}
