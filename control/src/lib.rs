@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod ca;
 mod config;
 mod mesh;
 pub mod state;

@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use culvert_types::{Datacenter, ServiceIdentity, ServiceName, TrustDomain};
 
+use super::Clock;
 use super::csr::{Csr, CsrError};
 use super::key::PrivateKey;
 use super::leaf::{self, SignedLeaf, Signer};
@@ -25,9 +26,8 @@ use super::root::{self, CROSS_SIGNED_TTL, NewRoot, RootError};
 use super::rows::{self, ConfigRow, IntermediateRow, RootRow, RowError, Rows};
 use super::settings::{CaSettings, SettingsError};
 use super::view::{Roots, View, ViewError};
-use super::Clock;
-use crate::state::{Ledger, Plan, State, UpdateError};
-use crate::store::Table;
+use crate::state::{Ledger, State, UpdateError};
+use crate::store::{Revision, Table};
 
 /// Serial numbers reserved with one commit: signing a leaf then costs none.
 const SERIAL_BLOCK: u64 = 64;
@@ -164,9 +164,9 @@ pub struct Configuration {
     /// As given.
     pub rotation_period: Option<String>,
     /// `CreateIndex`.
-    pub created: crate::store::Revision,
+    pub created: Revision,
     /// `ModifyIndex`.
-    pub modified: crate::store::Revision,
+    pub modified: Revision,
 }
 
 /// The certificate authority of a cluster. Cheap to clone.
@@ -460,8 +460,7 @@ impl Shared {
                 let mut old = rows.active()?.value.clone();
                 let old_key = old.private_key.take().ok_or(RowError::NoActiveRoot)?;
                 let old_key = PrivateKey::from_pkcs8_pem(&old_key)?;
-                let cross =
-                    root::cross_sign(&self.trust_domain, &new, &old.certificate, &old_key, cross_serial, now)?;
+                let cross = root::cross_sign(&self.trust_domain, &new, &old.certificate, &old_key, cross_serial, now)?;
                 let not_after = rows::seconds(new.not_after.min(now + CROSS_SIGNED_TTL));
                 old.active = false;
                 old.trusted_until = Some(rows::seconds(now + 2 * settings.leaf_ttl));
@@ -512,11 +511,7 @@ impl Shared {
                 Err(err) => error!(%err, "the authority's rows cannot be read; it signs nothing new"),
             }
             tokio::select! {
-                changed = state.wait_for(|state| state.index(Table::Authority) > seen) => {
-                    if changed.is_err() {
-                        return;
-                    }
-                }
+                alive = changed_after(&mut state, seen) => if !alive { return },
                 () = self.clock.sleep_until(next) => {
                     self.housekeep().await;
                     next = self.next_housekeeping();
@@ -545,6 +540,11 @@ impl Shared {
             warn!(%err, "the root nears its end and was not rotated, trying again later");
         }
     }
+}
+
+/// Waits for a change of the authority; `false` when the ledger is gone.
+async fn changed_after(state: &mut watch::Receiver<Arc<State>>, seen: Revision) -> bool {
+    state.wait_for(|state| state.index(Table::Authority) > seen).await.is_ok()
 }
 
 /// Did `node` register `service`, or a sidecar for it?

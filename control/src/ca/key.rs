@@ -47,8 +47,7 @@ impl PrivateKey {
     /// SEC 1 text (`EC PRIVATE KEY`), the form of the leaf endpoint and of Consul's TLS contexts.
     pub(crate) fn to_sec1_pem(&self) -> Result<Zeroizing<String>, KeyError> {
         let pkcs8 = Zeroizing::new(self.0.serialize_der());
-        let pair =
-            EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &pkcs8).map_err(|_| KeyError::Curve)?;
+        let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &pkcs8).map_err(|_| KeyError::Curve)?;
         let sec1: EcPrivateKeyRfc5915Der<'_> = pair.private_key().as_der().map_err(|_| KeyError::Curve)?;
         Ok(pem::encode(pem::EC_PRIVATE_KEY, sec1.as_ref()))
     }

@@ -24,7 +24,9 @@ mod view;
 
 use std::time::Duration;
 
-pub use self::authority::{Authority, Configuration, ConfigurationUpdate, ConfigureError, OpenError, RotateError, SignError};
+pub use self::authority::{
+    Authority, Configuration, ConfigurationUpdate, ConfigureError, OpenError, RotateError, SignError,
+};
 pub use self::clock::Clock;
 pub use self::key::KeyError;
 pub use self::leaf::{Leaf, SignedLeaf};

@@ -1,13 +1,9 @@
-//! PEM text (RFC 7468): writing it, and splitting a chain. Reading goes through `rustls-pki-types`.
+//! PEM text (RFC 7468) of what rcgen does not write itself.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use rustls_pki_types::CertificateDer;
-use rustls_pki_types::pem::PemObject;
 use zeroize::Zeroizing;
 
-/// Label of a certificate.
-pub(crate) const CERTIFICATE: &str = "CERTIFICATE";
 /// Label of a SEC 1 elliptic curve key (RFC 5915), the form that Consul's clients expect.
 pub(crate) const EC_PRIVATE_KEY: &str = "EC PRIVATE KEY";
 /// Characters on a line (RFC 7468 §2).
@@ -27,12 +23,4 @@ pub(crate) fn encode(label: &str, der: &[u8]) -> Zeroizing<String> {
     }
     text.push_str(&format!("-----END {label}-----\n"));
     Zeroizing::new(text)
-}
-
-/// The first certificate of `text`.
-///
-/// # Errors
-/// The reader's, when there is none or it is damaged.
-pub(crate) fn first_certificate(text: &str) -> Result<CertificateDer<'static>, rustls_pki_types::pem::Error> {
-    CertificateDer::from_pem_slice(text.as_bytes())
 }

@@ -8,8 +8,8 @@ use std::time::{Duration, SystemTime};
 
 use aws_lc_rs::digest;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyIdMethod, KeyUsagePurpose, SanType,
-    SerialNumber,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyIdMethod, KeyUsagePurpose,
+    SanType, SerialNumber,
 };
 use rustls_pki_types::CertificateDer;
 use time::OffsetDateTime;
@@ -17,7 +17,7 @@ use time::OffsetDateTime;
 use culvert_types::TrustDomain;
 
 use super::key::{KeyError, PrivateKey};
-use super::{NOT_BEFORE_SLACK, pem, random};
+use super::{NOT_BEFORE_SLACK, random};
 
 /// Life of the certificate by which the old root vouches for the new one: long enough for every proxy to learn the new root.
 pub(crate) const CROSS_SIGNED_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -115,17 +115,11 @@ fn params(
     params.distinguished_name.push(DnType::CommonName, common_name);
     params.subject_alt_names = vec![SanType::URI(trust_domain.id().try_into()?)];
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages =
-        vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
     params.key_identifier_method = KeyIdMethod::PreSpecified(key.identifier());
     params.use_authority_key_identifier_extension = true;
     params.serial_number = Some(SerialNumber::from(serial));
     params.not_before = OffsetDateTime::from(not_before);
     params.not_after = OffsetDateTime::from(not_after);
     Ok(params)
-}
-
-/// Reads the certificate of a stored root back.
-pub(crate) fn der(certificate: &str) -> Result<CertificateDer<'static>, rustls_pki_types::pem::Error> {
-    pem::first_certificate(certificate)
 }

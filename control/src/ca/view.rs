@@ -128,7 +128,7 @@ fn roots(rows: &Rows) -> Result<Roots, RowError> {
             modified: row.modified,
         })
         .collect();
-    roots.sort_by(|left, right| (right.active, right.serial).cmp(&(left.active, left.serial)));
+    roots.sort_by_key(|root| std::cmp::Reverse((root.active, root.serial)));
     let changed = roots.iter().map(|root| root.modified).max();
     Ok(Roots {
         trust_domain: TrustDomain::new(&rows.config.trust_domain)?,
