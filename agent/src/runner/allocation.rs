@@ -1,0 +1,410 @@
+//! The life of one allocation: network, kernel, catalog, worker, tasks; and all of it backwards.
+//!
+//! Up: record (written by the runner) → directories → netns → kernel programs → published ports → catalog → worker's
+//! listeners, awaited → tasks. Down: catalog → tasks → worker's listeners → kernel programs → netns → directories → record.
+//! The worker goes after the tasks, so that an application can finish its work through the mesh. Every step is
+//! idempotent: taking over an allocation after the agent was killed is the same way up, and a step that failed is tried
+//! again.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use culvert_jobspec::{AllocContext, Environment, Group, RestartMode as JobRestartMode, Task};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+use super::records::AllocationRecord;
+use super::registration::{Allocated, Registration, SidecarAddress, registrations};
+use super::tasks::{TaskLife, TaskState, TaskView};
+use super::{NodeServices, RunError};
+use crate::policy::Attachment;
+use crate::report::chain;
+use crate::task::{AllocDir, Driver, ExecutorCommand, LogSettings, Resources, RestartMode, RestartPolicy, TaskSpec};
+use crate::task::{Signal, task_owner};
+use crate::worker::Served;
+use crate::workload::{AllocId, PortMap, Workload};
+
+/// How long the worker may take to open the listeners of a new workload.
+const READY_WITHIN: Duration = Duration::from_secs(30);
+/// How long connections of a stopped workload may go on after its tasks have ended.
+const DRAIN: Duration = Duration::from_secs(2);
+/// First pause before a failed step is tried again; doubled up to [`MAX_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// Longest pause between two attempts.
+const MAX_PAUSE: Duration = Duration::from_secs(30);
+/// Attempts to remove an allocation before it is left to the next start of the agent.
+const REMOVE_ATTEMPTS: u32 = 5;
+
+/// Where an allocation stands, in Nomad's words.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum AllocationStatus {
+    /// Being set up.
+    #[default]
+    Pending,
+    /// Its tasks run.
+    Running,
+    /// It was stopped, everything of it is gone.
+    Complete,
+    /// A task failed for good.
+    Failed,
+}
+
+impl AllocationStatus {
+    /// Nomad's word.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Running => "running",
+            Self::Complete => "complete",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// A registered service of an allocation.
+#[derive(Clone, Debug)]
+pub struct ServiceView {
+    /// Catalog ID.
+    pub service_id: String,
+    /// Its name.
+    pub service: String,
+    /// Catalog ID of its sidecar.
+    pub sidecar_id: Option<String>,
+    /// Port of the sidecar's inbound listener.
+    pub sidecar_port: Option<u16>,
+}
+
+/// What is known of an allocation.
+#[derive(Clone, Debug)]
+pub struct AllocationView {
+    /// As written down.
+    pub record: AllocationRecord,
+    /// Where it stands.
+    pub status: AllocationStatus,
+    /// Why it does not get on.
+    pub error: Option<String>,
+    /// Its addresses on the bridge.
+    pub addresses: Vec<IpAddr>,
+    /// Its services.
+    pub services: Vec<ServiceView>,
+    /// Its tasks by name.
+    pub tasks: BTreeMap<String, TaskView>,
+}
+
+/// One allocation.
+pub(super) struct Allocation {
+    pub(super) id: AllocId,
+    pub(super) record: AllocationRecord,
+    pub(super) node: Arc<NodeServices>,
+    pub(super) view: watch::Sender<AllocationView>,
+}
+
+/// What is up before the tasks.
+struct Up {
+    workload: Workload,
+    services: Vec<ServiceView>,
+    environment: AllocContext,
+}
+
+impl Allocation {
+    /// Lives until `stop`, then removes everything.
+    pub(super) async fn run(self, stop: CancellationToken) {
+        let tasks = TaskTracker::new();
+        let stop_tasks = CancellationToken::new();
+        if let Some(up) = self.bring_up(&stop).await {
+            self.start_tasks(&up, &tasks, &stop_tasks);
+            self.watch_until(&stop).await;
+        }
+        self.take_down(&tasks, &stop_tasks).await;
+    }
+
+    /// Tries until everything before the tasks is up; `None` when told to stop before.
+    async fn bring_up(&self, stop: &CancellationToken) -> Option<Up> {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let result = tokio::select! {
+                result = self.up() => result,
+                () = stop.cancelled() => return None,
+            };
+            match result {
+                Ok(up) => return Some(up),
+                Err(error) => {
+                    let error = chain(&error);
+                    warn!(alloc = %self.id, error, "allocation is not up yet");
+                    self.view.send_modify(|view| view.error = Some(error));
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause) => pause = (pause * 2).min(MAX_PAUSE),
+                () = stop.cancelled() => return None,
+            }
+        }
+    }
+
+    async fn up(&self) -> Result<Up, RunError> {
+        let group = self.group()?;
+        AllocDir::new(&self.node.data_dir, &self.id).create()?;
+        let workload = self.node.network.create(&self.id).await?;
+        let addresses = std::iter::once(IpAddr::from(workload.addr4)).chain(workload.addr6.map(IpAddr::from)).collect();
+        self.view.send_modify(|view| view.addresses = addresses);
+        let environment = self.context(&workload);
+        let registrations = self.registrations(group, &workload, &environment)?;
+        self.attach(&workload, &registrations).await?;
+        self.node.network.publish(&self.id, &self.port_maps(group, None)).await?;
+        let services = self.register(&registrations).await?;
+        self.node.network.publish(&self.id, &self.port_maps(group, Some(&services))).await?;
+        self.serve(&workload, &registrations, &services).await?;
+        self.view.send_modify(|view| (view.services, view.error) = (services.clone(), None));
+        Ok(Up { workload, services, environment })
+    }
+
+    fn group(&self) -> Result<&Group, RunError> {
+        let record = &self.record;
+        record.job.group(&record.group).ok_or_else(|| RunError::UnknownGroup(record.group.clone()))
+    }
+
+    fn context(&self, workload: &Workload) -> AllocContext {
+        AllocContext {
+            alloc_id: self.id.to_string(),
+            index: self.record.index,
+            node: self.node.context.clone(),
+            host_ip: self.node.advertise,
+            alloc_ip: workload.addr4.into(),
+            alloc_interface: "eth0".to_owned(),
+            ports: self.record.ports.clone(),
+        }
+    }
+
+    fn registrations(
+        &self,
+        group: &Group,
+        workload: &Workload,
+        context: &AllocContext,
+    ) -> Result<Vec<Registration>, RunError> {
+        let advertised = if self.node.advertise.is_loopback() { workload.addr4.into() } else { self.node.advertise };
+        let environment = Environment::of_group(&self.record.job, group, context)?;
+        let address = SidecarAddress { advertised, workload: workload.addr4.into() };
+        let ports = &self.record.ports;
+        Ok(registrations(&Allocated { id: &self.id, group, ports, environment: &environment, address })?)
+    }
+
+    /// Kernel programs first: from the first packet on, only the workload's own addresses leave it.
+    async fn attach(&self, workload: &Workload, registrations: &[Registration]) -> Result<(), RunError> {
+        let meshed = registrations.iter().filter(|registration| registration.sidecar_id.is_some());
+        let published: Vec<u16> = self.record.ports.values().map(|port| port.inside).collect();
+        let attachment = Attachment {
+            id: self.record.workload,
+            workload: workload.clone(),
+            sidecars: meshed.clone().filter_map(|registration| registration.sidecar_id.clone()).collect(),
+            protected: meshed.clone().filter_map(|registration| registration.port).collect(),
+            published,
+        };
+        self.node.policy.attach(attachment).await.map_err(|reason| RunError::Kernel { reason })
+    }
+
+    /// Ports of the job file, and those of the sidecars where the node is reached from elsewhere.
+    fn port_maps(&self, group: &Group, services: Option<&[ServiceView]>) -> Vec<PortMap> {
+        let owner = |label: &str| format!("{}.{}:{label}", self.record.job.id, group.name);
+        let mut maps: Vec<PortMap> = self
+            .record
+            .ports
+            .iter()
+            .map(|(label, port)| PortMap { host_port: port.host, to: port.inside, addr: None, owner: owner(label) })
+            .collect();
+        if !self.node.advertise.is_loopback() {
+            let sidecars = services.unwrap_or_default().iter().filter_map(|service| {
+                let port = service.sidecar_port?;
+                let owner = owner(&format!("connect-proxy-{}", service.service));
+                Some(PortMap { host_port: port, to: port, addr: Some(self.node.advertise), owner })
+            });
+            maps.extend(sidecars);
+        }
+        maps
+    }
+
+    async fn register(&self, registrations: &[Registration]) -> Result<Vec<ServiceView>, RunError> {
+        let mut services = Vec::new();
+        for registration in registrations {
+            let sidecar_port = self.node.register(&registration.body).await?;
+            services.push(ServiceView {
+                service_id: registration.service_id.clone(),
+                service: registration.service.clone(),
+                sidecar_id: registration.sidecar_id.clone(),
+                sidecar_port,
+            });
+        }
+        Ok(services)
+    }
+
+    async fn serve(
+        &self,
+        workload: &Workload,
+        registrations: &[Registration],
+        services: &[ServiceView],
+    ) -> Result<(), RunError> {
+        for (registration, service) in registrations.iter().zip(services) {
+            let (Some(proxy), Some(inbound_port)) = (service.sidecar_id.clone(), service.sidecar_port) else { continue };
+            self.node.netns.insert(&registration.service_id, &workload.netns, false);
+            self.node.netns.insert(&proxy, &workload.netns, true);
+            let (netns, upstreams) = (workload.netns.clone(), registration.upstreams.clone());
+            let service = registration.service.clone();
+            self.node.policy.expect_listener(&proxy, self.record.workload, inbound_port).await;
+            self.node.worker.serve(Served { proxy: proxy.clone(), service, netns, inbound_port, upstreams }).await;
+            self.node.worker.ready(&proxy, READY_WITHIN).await?;
+        }
+        Ok(())
+    }
+
+    fn start_tasks(&self, up: &Up, tasks: &TaskTracker, stop: &CancellationToken) {
+        let Ok(group) = self.group() else { return };
+        info!(alloc = %self.id, services = up.services.len(), "starting the tasks");
+        for task in &group.tasks {
+            let (publish, view) = watch::channel(TaskView::default());
+            self.follow(task.name.clone(), view, tasks, stop);
+            match self.task_spec(group, task, up) {
+                Ok(spec) => {
+                    let (policy, executor) = (restart_policy(task), ExecutorCommand::default());
+                    let life = TaskLife { spec, policy, view: publish, executor };
+                    tasks.spawn(life.run(stop.clone()));
+                }
+                Err(error) => {
+                    let error = chain(&error);
+                    warn!(alloc = %self.id, task = task.name, error, "task cannot be started");
+                    publish.send_modify(|view| (view.state, view.failed) = (TaskState::Dead, true));
+                    self.view.send_modify(|view| view.error = Some(error));
+                }
+            }
+        }
+        tasks.close();
+    }
+
+    fn task_spec(&self, group: &Group, task: &Task, up: &Up) -> Result<TaskSpec, RunError> {
+        let driver = match task.driver.as_str() {
+            "exec" => Driver::Exec,
+            "raw_exec" => Driver::RawExec,
+            other => return Err(RunError::Driver(other.to_owned())),
+        };
+        let owner = task_owner(driver, task.user.as_deref())?;
+        let dirs = AllocDir::new(&self.node.data_dir, &self.id).add_task(&task.name, owner)?;
+        let seen = dirs.env(driver).map(|(_, path)| path);
+        let [alloc, local, secrets] = seen;
+        let seen = culvert_jobspec::TaskDirs { alloc, local, secrets };
+        let environment = Environment::of_task(&self.record.job, &group.name, &task.name, &up.environment, &seen)?;
+        let command = task.driver.command().ok_or_else(|| RunError::Driver(task.driver.as_str().to_owned()))?;
+        let args = command.args.iter().map(|argument| argument.render("args", &environment));
+        Ok(TaskSpec {
+            alloc_id: self.id.clone(),
+            task: task.name.clone(),
+            driver,
+            command: command.command.render("command", &environment)?,
+            args: args.collect::<Result<_, _>>()?,
+            env: environment.variables().clone(),
+            user: task.user.clone(),
+            netns: Some(up.workload.netns.clone()),
+            cgroup_parent: self.node.cgroup_parent.clone(),
+            resources: Resources {
+                cpu_mhz: task.resources.cpu_mhz,
+                memory_mb: task.resources.memory_mb,
+                ..Resources::default()
+            },
+            kill_signal: task.kill_signal.parse::<Signal>()?,
+            kill_timeout: task.kill_timeout,
+            logs: LogSettings { max_files: task.logs.max_files, max_file_size_mb: task.logs.max_file_size_mb },
+            dirs,
+        })
+    }
+
+    /// Copies what a task tells of itself into the allocation's view.
+    fn follow(&self, task: String, mut view: watch::Receiver<TaskView>, tasks: &TaskTracker, stop: &CancellationToken) {
+        let (publish, stop) = (self.view.clone(), stop.clone());
+        tasks.spawn(async move {
+            loop {
+                let now = view.borrow_and_update().clone();
+                publish.send_modify(|allocation| {
+                    allocation.tasks.insert(task.clone(), now);
+                    allocation.status = status(&allocation.tasks);
+                });
+                if view.changed().await.is_err() {
+                    return drop(stop);
+                }
+            }
+        });
+    }
+
+    /// Waits for the end. Tasks that failed for good take their services out of the catalog at once.
+    async fn watch_until(&self, stop: &CancellationToken) {
+        let mut view = self.view.subscribe();
+        tokio::select! {
+            () = stop.cancelled() => {}
+            _ = view.wait_for(|view| view.status == AllocationStatus::Failed) => {
+                self.deregister().await;
+                stop.cancelled().await;
+            }
+        }
+    }
+
+    async fn take_down(&self, tasks: &TaskTracker, stop_tasks: &CancellationToken) {
+        self.deregister().await;
+        stop_tasks.cancel();
+        tasks.close();
+        tasks.wait().await;
+        let sidecars: Vec<String> = self.sidecars();
+        futures::future::join_all(sidecars.iter().map(|sidecar| self.node.worker.stop(sidecar, DRAIN))).await;
+        self.node.policy.detach(self.record.workload).await;
+        for attempt in 1..=REMOVE_ATTEMPTS {
+            match self.remove().await {
+                Ok(()) => break,
+                Err(error) => warn!(alloc = %self.id, attempt, error = chain(&error), "allocation is not removed yet"),
+            }
+            tokio::time::sleep(FIRST_PAUSE * attempt).await;
+        }
+        self.view.send_modify(|view| view.status = AllocationStatus::Complete);
+    }
+
+    fn sidecars(&self) -> Vec<String> {
+        self.view.borrow().services.iter().filter_map(|service| service.sidecar_id.clone()).collect()
+    }
+
+    async fn deregister(&self) {
+        let services: Vec<ServiceView> = self.view.borrow().services.clone();
+        for service in services {
+            self.node.deregister(&service.service_id).await;
+        }
+    }
+
+    async fn remove(&self) -> Result<(), RunError> {
+        self.node.network.remove(&self.id).await?;
+        for service in &self.view.borrow().services {
+            self.node.netns.remove(&service.service_id);
+            service.sidecar_id.iter().for_each(|sidecar| self.node.netns.remove(sidecar));
+        }
+        let dir = AllocDir::new(&self.node.data_dir, &self.id);
+        tokio::task::spawn_blocking(move || dir.destroy()).await.map_err(RunError::Aborted)??;
+        Ok(self.node.records.remove_allocation(&self.id)?)
+    }
+}
+
+/// Failed as soon as one task has failed; running as soon as one runs.
+fn status(tasks: &BTreeMap<String, TaskView>) -> AllocationStatus {
+    if tasks.values().any(|task| task.failed) {
+        AllocationStatus::Failed
+    } else if tasks.values().any(|task| task.state == TaskState::Running) {
+        AllocationStatus::Running
+    } else {
+        AllocationStatus::Pending
+    }
+}
+
+fn restart_policy(task: &Task) -> RestartPolicy {
+    let mode = match task.restart.mode {
+        JobRestartMode::Fail => RestartMode::Fail,
+        JobRestartMode::Delay => RestartMode::Delay,
+    };
+    let restart = &task.restart;
+    RestartPolicy { attempts: restart.attempts, interval: restart.interval, delay: restart.delay, mode }
+}

@@ -1,0 +1,167 @@
+//! What the runner writes down before it acts, so that the next agent finds it.
+//!
+//! One file per job and one per allocation, replaced atomically. An allocation's record exists before anything else of it
+//! and goes last: whatever carries the name of an allocation without a record is garbage.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use culvert_jobspec::{Job, PortBinding};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+use crate::task::write_json;
+use crate::workload::AllocId;
+
+/// A submitted job.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct JobRecord {
+    /// As parsed, variables already put in.
+    pub job: Job,
+    /// Counts submissions that changed something, from 0.
+    pub version: u64,
+    /// Stopped jobs are kept until purged.
+    pub stopped: bool,
+    /// Seconds since 1970.
+    pub submitted: u64,
+}
+
+/// An allocation: one instance of a task group.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct AllocationRecord {
+    /// Its id.
+    pub id: String,
+    /// Number of its workload in the kernel tables.
+    pub workload: u32,
+    /// The job it belongs to, as it was when the allocation was made.
+    pub job: Job,
+    /// Version of that job.
+    pub job_version: u64,
+    /// The group.
+    pub group: String,
+    /// Which of the group's instances.
+    pub index: u32,
+    /// Ports by label.
+    pub ports: BTreeMap<String, PortBinding>,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// It shall stop; what is left of it is being removed.
+    pub stopping: bool,
+}
+
+/// A record that cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} {}", path.display())]
+pub struct RecordError {
+    what: &'static str,
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// The files below the data directory.
+#[derive(Clone, Debug)]
+pub struct Records {
+    data_dir: PathBuf,
+}
+
+impl Records {
+    /// Opens the records below `data_dir`, making the folders.
+    ///
+    /// # Errors
+    /// The folders cannot be made.
+    pub fn open(data_dir: &Path) -> Result<Self, RecordError> {
+        for folder in ["jobs", "allocations"] {
+            let path = data_dir.join(folder);
+            std::fs::create_dir_all(&path).map_err(|source| RecordError { what: "create", path, source })?;
+        }
+        Ok(Self { data_dir: data_dir.to_owned() })
+    }
+
+    /// Every job.
+    #[must_use]
+    pub fn jobs(&self) -> Vec<JobRecord> {
+        read_all(&self.data_dir.join("jobs"))
+    }
+
+    /// Every allocation.
+    #[must_use]
+    pub fn allocations(&self) -> Vec<AllocationRecord> {
+        read_all(&self.data_dir.join("allocations"))
+    }
+
+    /// Writes a job.
+    ///
+    /// # Errors
+    /// [`RecordError`]; the file is as it was before.
+    pub fn put_job(&self, record: &JobRecord) -> Result<(), RecordError> {
+        write(&self.job_path(&record.job.id), record)
+    }
+
+    /// Forgets a job.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub fn remove_job(&self, id: &str) -> Result<(), RecordError> {
+        remove(&self.job_path(id))
+    }
+
+    /// Writes an allocation.
+    ///
+    /// # Errors
+    /// [`RecordError`]; the file is as it was before.
+    pub fn put_allocation(&self, record: &AllocationRecord) -> Result<(), RecordError> {
+        write(&self.allocation_path(&record.id), record)
+    }
+
+    /// Forgets an allocation, after everything of it is gone.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub fn remove_allocation(&self, id: &AllocId) -> Result<(), RecordError> {
+        remove(&self.allocation_path(id.as_str()))
+    }
+
+    /// A job's id may hold any character; its file is named by the hex of it.
+    fn job_path(&self, id: &str) -> PathBuf {
+        let name: String = id.bytes().map(|byte| format!("{byte:02x}")).collect();
+        self.data_dir.join("jobs").join(format!("{name}.json"))
+    }
+
+    fn allocation_path(&self, id: &str) -> PathBuf {
+        self.data_dir.join("allocations").join(format!("{id}.json"))
+    }
+}
+
+fn read_all<T: DeserializeOwned>(folder: &Path) -> Vec<T> {
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) => {
+            warn!(%error, folder = %folder.display(), "cannot read records");
+            return Vec::new();
+        }
+    };
+    let paths = entries.flatten().map(|entry| entry.path());
+    paths.filter(|path| path.extension().is_some_and(|extension| extension == "json")).filter_map(|path| read(&path)).collect()
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    let text = std::fs::read(path).map_err(|error| error.to_string());
+    let record = text.and_then(|text| serde_json::from_slice(&text).map_err(|error| error.to_string()));
+    record.inspect_err(|error| warn!(error, path = %path.display(), "a record is not readable; what it names is removed")).ok()
+}
+
+fn write<T: Serialize>(path: &Path, record: &T) -> Result<(), RecordError> {
+    write_json(path, record).map_err(|source| RecordError { what: "write", path: path.to_owned(), source })
+}
+
+fn remove(path: &Path) -> Result<(), RecordError> {
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(RecordError { what: "remove", path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}

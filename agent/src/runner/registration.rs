@@ -1,0 +1,210 @@
+//! From the services of a task group to what is registered in the catalog.
+//!
+//! The body is the one that `PUT /v1/agent/service/register` takes, so that the runner has no way into the catalog that
+//! other clients lack.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use culvert_jobspec::{
+    Check, CheckKind, Environment, Group, PortBinding, PortRef, Proxy, Service, SidecarService, Template, TemplateError,
+};
+use culvert_types::format_go_duration;
+use serde_json::{Map, Value, json};
+
+use crate::workload::AllocId;
+
+/// One service of an allocation as it is registered.
+#[derive(Clone, Debug)]
+pub struct Registration {
+    /// Catalog ID.
+    pub service_id: String,
+    /// Name of the service.
+    pub service: String,
+    /// Port of the application inside the network namespace, if the service has one.
+    pub port: Option<u16>,
+    /// Catalog ID of its sidecar, if it takes part in the mesh.
+    pub sidecar_id: Option<String>,
+    /// Loopback addresses of its upstreams.
+    pub upstreams: Vec<std::net::SocketAddr>,
+    /// The request body.
+    pub body: Value,
+}
+
+/// Where the sidecars of an allocation are reached.
+#[derive(Clone, Copy, Debug)]
+pub struct SidecarAddress {
+    /// What the catalog says: the node's address, or the workload's own when the node advertises a loopback.
+    pub advertised: IpAddr,
+    /// The workload's address on the bridge.
+    pub workload: IpAddr,
+}
+
+/// A service that cannot be registered.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum RegistrationError {
+    /// A name, tag or check uses a variable that has no value here.
+    #[error("service of group {group:?}")]
+    Template {
+        /// The group.
+        group: String,
+        /// What is wrong with the text.
+        #[source]
+        source: TemplateError,
+    },
+    /// The port label is not one of the group's.
+    #[error("No port of label {label:?} defined in group {group:?}")]
+    Port {
+        /// The group.
+        group: String,
+        /// The label.
+        label: String,
+    },
+}
+
+/// An allocation, as far as its services depend on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Allocated<'a> {
+    /// Its id.
+    pub id: &'a AllocId,
+    /// Its group.
+    pub group: &'a Group,
+    /// Its ports by label.
+    pub ports: &'a BTreeMap<String, PortBinding>,
+    /// What `${…}` means in it.
+    pub environment: &'a Environment,
+    /// Where its sidecars are reached.
+    pub address: SidecarAddress,
+}
+
+/// The registrations of all services of an allocation.
+///
+/// # Errors
+/// [`RegistrationError`] names the group and what is wrong; nothing is registered then.
+pub fn registrations(allocation: &Allocated<'_>) -> Result<Vec<Registration>, RegistrationError> {
+    allocation.group.services.iter().map(|service| registration(allocation, service)).collect()
+}
+
+fn registration(allocation: &Allocated<'_>, service: &Service) -> Result<Registration, RegistrationError> {
+    let Allocated { id: alloc, group, .. } = *allocation;
+    let text = |template: &Template, field| render(template, field, allocation);
+    let texts = |templates: &[Template], field| templates.iter().map(|one| text(one, field)).collect::<Result<Vec<_>, _>>();
+    let name = text(&service.name, "name")?;
+    let port = service.port.as_ref().map(|port| inside_port(allocation, port)).transpose()?;
+    let label = service.port.as_ref().map_or_else(String::new, |port| match port {
+        PortRef::Label(label) => label.clone(),
+        PortRef::Number(number) => number.to_string(),
+    });
+    let service_id = format!("_culvert-task-{alloc}-group-{}-{name}-{label}", group.name);
+    let mut meta = rendered_map(&service.meta, allocation)?;
+    meta.insert("external-source".to_owned(), "culvert".into());
+    let checks = service.checks.iter().map(|check| check_body(allocation, check, port));
+    let mut body = json!({
+        "ID": service_id, "Name": name, "Tags": texts(&service.tags, "tags")?, "Meta": meta,
+        "Checks": checks.collect::<Result<Vec<_>, _>>()?,
+    });
+    if let Some(port) = port {
+        body["Port"] = port.into();
+    }
+    let sidecar = service.connect.as_ref().map(|connect| &connect.sidecar);
+    if let Some(sidecar) = sidecar {
+        body["Connect"] = json!({"SidecarService": sidecar_body(allocation, sidecar)?});
+    }
+    let sidecar_id = sidecar.map(|_| format!("{service_id}-sidecar-proxy"));
+    let upstreams = sidecar.map_or(&[][..], |sidecar| &sidecar.proxy.upstreams);
+    let upstreams = upstreams.iter().map(|one| (one.local_bind_address, one.local_bind_port).into()).collect();
+    Ok(Registration { service_id, service: name, port, sidecar_id, upstreams, body })
+}
+
+fn sidecar_body(allocation: &Allocated<'_>, sidecar: &SidecarService) -> Result<Value, RegistrationError> {
+    let address = allocation.address;
+    let mut body = json!({
+        "Address": address.advertised,
+        "Meta": rendered_map(&sidecar.meta, allocation)?,
+        // Port 0: the one that the catalog assigns to the sidecar.
+        "TaggedAddresses": {"culvert-workload": {"Address": address.workload, "Port": 0}},
+        "Proxy": proxy_body(&sidecar.proxy),
+    });
+    if let Some(tags) = &sidecar.tags {
+        let tags = tags.iter().map(|tag| render(tag, "tags", allocation));
+        body["Tags"] = tags.collect::<Result<Vec<_>, _>>()?.into();
+    }
+    Ok(body)
+}
+
+fn proxy_body(proxy: &Proxy) -> Value {
+    let upstreams = proxy.upstreams.iter().map(|upstream| {
+        json!({
+            "DestinationName": upstream.destination_name, "LocalBindAddress": upstream.local_bind_address,
+            "LocalBindPort": upstream.local_bind_port, "Config": upstream.config,
+        })
+    });
+    let mut body = json!({"Upstreams": upstreams.collect::<Vec<_>>(), "Config": proxy.config});
+    if let Some(address) = proxy.local_service_address {
+        body["LocalServiceAddress"] = json!(address);
+    }
+    if let Some(port) = proxy.local_service_port {
+        body["LocalServicePort"] = port.into();
+    }
+    body
+}
+
+/// A check, dialled on the loopback of the workload's network namespace.
+fn check_body(
+    allocation: &Allocated<'_>,
+    check: &Check,
+    service_port: Option<u16>,
+) -> Result<Value, RegistrationError> {
+    let port = check.port.as_ref().map(|port| inside_port(allocation, port)).transpose()?.or(service_port).unwrap_or_default();
+    let mut body = json!({
+        "Name": render(&check.name, "check name", allocation)?,
+        "Interval": format_go_duration(check.interval), "Timeout": format_go_duration(check.timeout),
+        "Status": check.initial_status.as_str(), "SuccessBeforePassing": check.success_before_passing,
+        "FailuresBeforeWarning": check.failures_before_warning, "FailuresBeforeCritical": check.failures_before_critical,
+    });
+    match &check.kind {
+        CheckKind::Tcp => body["TCP"] = format!("127.0.0.1:{port}").into(),
+        CheckKind::Http(http) => {
+            let path = render(&http.path, "check path", allocation)?;
+            body["HTTP"] = format!("http://127.0.0.1:{port}{path}").into();
+            body["Method"] = http.method.as_str().into();
+            body["Body"] = render(&http.body, "check body", allocation)?.into();
+            let mut headers = Map::new();
+            for (name, values) in &http.headers {
+                let values = values.iter().map(|value| render(value, "check header", allocation));
+                headers.insert(name.clone(), values.collect::<Result<Vec<_>, _>>()?.into());
+            }
+            body["Header"] = headers.into();
+        }
+    }
+    Ok(body)
+}
+
+/// The port inside the network namespace: a number as it is, a label as the allocation's ports have it.
+fn inside_port(allocation: &Allocated<'_>, port: &PortRef) -> Result<u16, RegistrationError> {
+    match port {
+        PortRef::Number(number) => Ok(*number),
+        PortRef::Label(label) => allocation
+            .ports
+            .get(label)
+            .map(|binding| binding.inside)
+            .ok_or_else(|| RegistrationError::Port { group: allocation.group.name.clone(), label: label.clone() }),
+    }
+}
+
+fn rendered_map(
+    templates: &BTreeMap<String, Template>,
+    allocation: &Allocated<'_>,
+) -> Result<Map<String, Value>, RegistrationError> {
+    templates.iter().map(|(key, value)| Ok((key.clone(), render(value, "meta", allocation)?.into()))).collect()
+}
+
+fn render(
+    template: &Template,
+    field: &'static str,
+    allocation: &Allocated<'_>,
+) -> Result<String, RegistrationError> {
+    template
+        .render_strict(field, allocation.environment)
+        .map_err(|source| RegistrationError::Template { group: allocation.group.name.clone(), source })
+}

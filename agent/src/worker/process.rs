@@ -1,0 +1,131 @@
+//! The worker's process: started as a child, or taken over from the agent before this one.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use culvert_proxy::handoff::{ADOPTION_SOCKET, AdoptionListener, ControlSocket};
+use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
+
+use crate::task::ProcessIdentity;
+
+/// How long a recorded worker may take to call a new agent. It calls every 100 ms.
+const ADOPT_WITHIN: Duration = Duration::from_secs(3);
+
+/// How workers are started.
+#[derive(Clone, Debug)]
+pub struct WorkerSettings {
+    /// The agent's data directory; holds `worker.json`.
+    pub data_dir: PathBuf,
+    /// Name of this node, told to the worker with every proxy.
+    pub node: String,
+    /// Verbosity of the worker's log, in the form of `RUST_LOG`.
+    pub log: String,
+}
+
+/// What is written down about a running worker, so that the next agent finds it.
+#[derive(Debug, Deserialize, Serialize)]
+struct WorkerRecord {
+    process: ProcessIdentity,
+}
+
+/// A worker with a control socket.
+pub(super) struct Worker {
+    pub(super) control: ControlSocket,
+    pub(super) process: ProcessIdentity,
+    /// Only if this agent started it.
+    child: Option<tokio::process::Child>,
+}
+
+impl Worker {
+    /// The worker of the agent before this one, if it still lives and calls.
+    pub(super) async fn adopt(settings: &WorkerSettings) -> Option<Self> {
+        let process = recorded(&settings.data_dir)?;
+        if !process.exists() {
+            return None;
+        }
+        match tokio::time::timeout(ADOPT_WITHIN, await_call(&process)).await {
+            Ok(Ok(control)) => {
+                info!(pid = process.pid, "took over the running worker");
+                Some(Self { control, process, child: None })
+            }
+            Ok(Err(error)) => {
+                warn!(%error, pid = process.pid, "cannot take over the running worker; it will drain");
+                None
+            }
+            Err(_) => {
+                warn!(pid = process.pid, "the recorded worker lives but does not call; it will drain");
+                None
+            }
+        }
+    }
+
+    /// Starts a new worker from this very binary.
+    pub(super) fn start(settings: &WorkerSettings) -> io::Result<Self> {
+        let (control, for_worker) = ControlSocket::pair()?;
+        let child = tokio::process::Command::new("/proc/self/exe")
+            .arg("worker")
+            .env_clear()
+            .env("RUST_LOG", &settings.log)
+            .stdin(Stdio::from(for_worker)) // the worker's end of the control socket
+            .stdout(Stdio::null())
+            .process_group(0) // a Ctrl-C at the terminal is for the agent, which drains the worker
+            .spawn()?;
+        let pid = child.id().ok_or_else(|| io::Error::other("the worker ended at once"))?;
+        let process = ProcessIdentity::of(pid)?;
+        write_record(&settings.data_dir, &process)?;
+        info!(pid, "started the worker");
+        Ok(Self { control, process, child: Some(child) })
+    }
+
+    /// Makes sure that the process is gone, and reaps it if it was our child.
+    pub(super) async fn end(mut self) {
+        if let Some(child) = &mut self.child {
+            if let Err(error) = child.kill().await {
+                warn!(%error, "cannot end the worker");
+            }
+        } else if self.process.exists() {
+            crate::task::kill_process(&self.process);
+        }
+    }
+}
+
+async fn await_call(process: &ProcessIdentity) -> io::Result<ControlSocket> {
+    let listener = AdoptionListener::bind(ADOPTION_SOCKET)?;
+    loop {
+        let (control, caller) = listener.accept().await?;
+        if u32::try_from(caller.pid).is_ok_and(|pid| pid == process.pid) && process.exists() {
+            return Ok(control);
+        }
+        warn!(pid = caller.pid, "a process that is not the recorded worker called; refused");
+    }
+}
+
+fn record_path(data_dir: &Path) -> PathBuf {
+    data_dir.join("worker.json")
+}
+
+fn recorded(data_dir: &Path) -> Option<ProcessIdentity> {
+    let text = std::fs::read(record_path(data_dir)).ok()?;
+    let record: WorkerRecord = serde_json::from_slice(&text)
+        .inspect_err(|error| warn!(%error, "worker.json is not readable; a running worker will drain"))
+        .ok()?;
+    Some(record.process)
+}
+
+fn write_record(data_dir: &Path, process: &ProcessIdentity) -> io::Result<()> {
+    let text = serde_json::to_vec(&WorkerRecord { process: process.clone() })?;
+    let next = data_dir.join("worker.json.next");
+    std::fs::write(&next, text)?;
+    std::fs::rename(next, record_path(data_dir))
+}
+
+/// Forgets the worker, after it ended on purpose.
+pub(super) fn forget(data_dir: &Path) {
+    match std::fs::remove_file(record_path(data_dir)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => warn!(%error, "cannot remove worker.json"),
+        _ => {}
+    }
+}

@@ -1,0 +1,338 @@
+//! The task that owns the worker.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use culvert_proxy::handoff::{ProxyStatus, SendError, ToAgent, ToWorker};
+use culvert_types::ConnectionEvent;
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+use tracing::{debug, error, info, warn};
+
+use crate::report::chain;
+
+use super::process::{self, Worker};
+use super::sockets::Sockets;
+use super::{Command, Surroundings, WorkerSettings, WorkerView};
+
+/// First pause before a worker that keeps ending is started again; doubled up to [`MAX_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// Longest pause between two starts.
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+/// A worker that lived this long was not the cause of its own end: the next start does not wait.
+const SETTLED: Duration = Duration::from_secs(10);
+/// A worker that does not read its control socket for this long is stuck, and replaced.
+const STUCK: Duration = Duration::from_secs(5);
+
+/// Most listeners that are kept for proxies not announced yet: more than a node has workloads.
+const MAX_BROUGHT: usize = 4096;
+
+/// Owns the worker, see the module.
+pub struct Supervisor {
+    settings: WorkerSettings,
+    surroundings: Arc<dyn Surroundings>,
+    commands: mpsc::Receiver<Command>,
+    view: watch::Sender<WorkerView>,
+    sockets: Sockets,
+    /// Listeners that a re-adopted worker brought, until their proxy is announced again.
+    brought: Vec<(String, std::net::SocketAddr, OwnedFd)>,
+    /// Who waits for a proxy to be gone.
+    stopping: BTreeMap<String, oneshot::Sender<()>>,
+}
+
+/// Why the inner loop returned.
+enum Ended {
+    WorkerGone,
+    Shutdown(Duration, oneshot::Sender<()>),
+}
+
+impl Supervisor {
+    pub(super) fn new(
+        settings: WorkerSettings,
+        surroundings: Arc<dyn Surroundings>,
+        commands: mpsc::Receiver<Command>,
+        view: watch::Sender<WorkerView>,
+    ) -> Self {
+        let (sockets, brought, stopping) = (Sockets::default(), Vec::new(), BTreeMap::new());
+        Self { settings, surroundings, commands, view, sockets, brought, stopping }
+    }
+
+    /// Runs until [`super::WorkerHandle::shutdown`], or until every handle is gone.
+    pub async fn run(mut self) {
+        let mut pause = Duration::ZERO;
+        let mut next = Worker::adopt(&self.settings).await;
+        let mut starts: u64 = 0;
+        loop {
+            let worker = match next.take().map_or_else(|| Worker::start(&self.settings), Ok) {
+                Ok(worker) => worker,
+                Err(error) => {
+                    error!(%error, "cannot start the worker; mesh connections are refused until it runs");
+                    pause = (pause * 2).clamp(FIRST_PAUSE, MAX_PAUSE);
+                    if self.wait(pause).await.is_break() {
+                        return;
+                    }
+                    continue;
+                }
+            };
+            starts += 1;
+            let started = Instant::now();
+            self.view.send_modify(|view| {
+                (view.pid, view.restarts) = (Some(worker.process.pid), starts - 1);
+                view.proxies.clear();
+            });
+            let ended = self.attend(&worker).await;
+            self.view.send_modify(|view| (view.pid, view.proxies) = (None, BTreeMap::new()));
+            match ended {
+                Ended::Shutdown(deadline, done) => return self.shut_down(worker, deadline, done).await,
+                Ended::WorkerGone => worker.end().await,
+            }
+            pause = if started.elapsed() >= SETTLED { Duration::ZERO } else { (pause * 2).clamp(FIRST_PAUSE, MAX_PAUSE) };
+            let at_once = starts == 1; // the first end is answered at once: backlogs are waiting
+            warn!(?pause, "the worker ended; starting another");
+            if !at_once && self.wait(pause).await.is_break() {
+                return;
+            }
+        }
+    }
+
+    /// Takes commands while no worker runs.
+    async fn wait(&mut self, pause: Duration) -> std::ops::ControlFlow<()> {
+        let until = Instant::now() + pause;
+        loop {
+            tokio::select! {
+                () = sleep_until(until) => return std::ops::ControlFlow::Continue(()),
+                command = self.commands.recv() => match command {
+                    None => return std::ops::ControlFlow::Break(()),
+                    Some(Command::Serve(served)) => self.sockets.serve(served),
+                    Some(Command::Stop { proxy, done, .. }) => {
+                        self.sockets.remove(&proxy);
+                        drop(done.send(()));
+                    }
+                    Some(Command::Shutdown { done, .. }) => {
+                        process::forget(&self.settings.data_dir);
+                        drop(done.send(()));
+                        return std::ops::ControlFlow::Break(());
+                    }
+                },
+            }
+        }
+    }
+
+    /// Serves one worker until it is gone or shall go.
+    async fn attend(&mut self, worker: &Worker) -> Ended {
+        let all: Vec<ToWorker> = self.sockets.all().map(|served| self.serve_message(served)).collect();
+        for message in all {
+            if self.send(worker, &message, &[]).await.is_err() {
+                return Ended::WorkerGone;
+            }
+        }
+        loop {
+            let result = tokio::select! {
+                command = self.commands.recv() => match command {
+                    None => return Ended::WorkerGone,
+                    Some(Command::Shutdown { deadline, done }) => return Ended::Shutdown(deadline, done),
+                    Some(Command::Serve(served)) => self.serve(worker, served).await,
+                    Some(Command::Stop { proxy, deadline, done }) => self.stop(worker, proxy, deadline, done).await,
+                },
+                received = worker.control.recv::<ToAgent>() => match received {
+                    Ok(Some((message, descriptors))) => self.answer(worker, message, descriptors).await,
+                    Ok(None) => return Ended::WorkerGone,
+                    Err(error) => {
+                        warn!(%error, "the worker sent what is not understood; replacing it");
+                        return Ended::WorkerGone;
+                    }
+                },
+            };
+            if result.is_err() {
+                return Ended::WorkerGone;
+            }
+        }
+    }
+
+    fn serve_message(&self, served: &super::Served) -> ToWorker {
+        ToWorker::Serve {
+            proxy: served.proxy.clone(),
+            cluster: served.service.clone(),
+            node: self.settings.node.clone(),
+            token: None,
+        }
+    }
+
+    async fn serve(&mut self, worker: &Worker, served: super::Served) -> Result<(), ()> {
+        let message = self.serve_message(&served);
+        let proxy = served.proxy.clone();
+        self.sockets.serve(served);
+        let (mine, others) = std::mem::take(&mut self.brought).into_iter().partition(|(owner, ..)| *owner == proxy);
+        self.brought = others;
+        for (_, address, listener) in Vec::from_iter::<Vec<_>>(mine) {
+            self.announce(&proxy, address, listener.as_fd());
+            self.sockets.adopt(&proxy, address, listener);
+        }
+        self.send(worker, &message, &[]).await
+    }
+
+    async fn stop(
+        &mut self,
+        worker: &Worker,
+        proxy: String,
+        deadline: Duration,
+        done: oneshot::Sender<()>,
+    ) -> Result<(), ()> {
+        if self.sockets.get(&proxy).is_none() {
+            drop(done.send(()));
+            return Ok(());
+        }
+        self.sockets.remove(&proxy);
+        self.stopping.insert(proxy.clone(), done);
+        let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
+        self.send(worker, &ToWorker::Stop { proxy, deadline_ms }, &[]).await
+    }
+
+    async fn answer(&mut self, worker: &Worker, message: ToAgent, mut descriptors: Vec<OwnedFd>) -> Result<(), ()> {
+        match message {
+            ToAgent::Hello { pid, version } => {
+                debug!(pid, version, "the worker says hello");
+                Ok(())
+            }
+            ToAgent::Adopt { proxy, address } => {
+                let Some(listener) = descriptors.pop() else { return Ok(()) };
+                if self.sockets.get(&proxy).is_some() {
+                    self.announce(&proxy, address, listener.as_fd());
+                    self.sockets.adopt(&proxy, address, listener);
+                } else if self.brought.len() < MAX_BROUGHT {
+                    self.brought.push((proxy, address, listener));
+                }
+                Ok(())
+            }
+            ToAgent::OpenListener { request, proxy, address } => self.open(worker, request, &proxy, address).await,
+            ToAgent::MoreAppSockets { proxy, family, count } => {
+                let made = self.sockets.app_sockets(&proxy, family, count).await;
+                let (made, error) = match made {
+                    Ok(made) => (made, None),
+                    Err(refused) => (Vec::new(), Some(chain(&refused))),
+                };
+                let count = u16::try_from(made.len()).unwrap_or(u16::MAX);
+                let made: Vec<BorrowedFd<'_>> = made.iter().map(OwnedFd::as_fd).collect();
+                self.send(worker, &ToWorker::AppSockets { proxy, family, count, error }, &made).await
+            }
+            ToAgent::ConnectXds { request } => self.connect_xds(worker, request).await,
+            ToAgent::Event(record) => {
+                self.event(record);
+                Ok(())
+            }
+            ToAgent::EventsLost { count } => {
+                self.surroundings.events_lost(count);
+                Ok(())
+            }
+            ToAgent::Status(status) => {
+                self.status(status);
+                Ok(())
+            }
+            ToAgent::Stopped { proxy } => {
+                self.view.send_modify(|view| drop(view.proxies.remove(&proxy)));
+                if let Some(done) = self.stopping.remove(&proxy) {
+                    drop(done.send(()));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    async fn open(
+        &mut self,
+        worker: &Worker,
+        request: u64,
+        proxy: &str,
+        address: std::net::SocketAddr,
+    ) -> Result<(), ()> {
+        match self.sockets.listener(proxy, address).await {
+            Ok(listener) => {
+                self.announce(proxy, address, listener.as_fd());
+                self.send(worker, &ToWorker::Listener { request, result: Ok(()) }, &[listener.as_fd()]).await
+            }
+            Err(refused) => {
+                let reason = chain(&refused);
+                warn!(proxy, %address, reason, "the worker does not get a listener");
+                self.send(worker, &ToWorker::Listener { request, result: Err(reason) }, &[]).await
+            }
+        }
+    }
+
+    /// Tells the kernel side of an inbound listener.
+    fn announce(&self, proxy: &str, address: std::net::SocketAddr, listener: BorrowedFd<'_>) {
+        if self.sockets.get(proxy).is_some_and(|served| served.inbound_port == address.port()) {
+            self.surroundings.inbound_listener(proxy, address.port(), listener);
+        }
+    }
+
+    async fn connect_xds(&self, worker: &Worker, request: u64) -> Result<(), ()> {
+        match UnixStream::pair() {
+            Ok((ours, theirs)) => {
+                self.surroundings.connect_xds(ours);
+                self.send(worker, &ToWorker::XdsConnection { request, result: Ok(()) }, &[theirs.as_fd()]).await
+            }
+            Err(error) => {
+                self.send(worker, &ToWorker::XdsConnection { request, result: Err(error.to_string()) }, &[]).await
+            }
+        }
+    }
+
+    fn event(&self, record: culvert_proxy::handoff::EventRecord) {
+        let event = match ConnectionEvent::try_from(record) {
+            Ok(event) => event,
+            Err(error) => return warn!(%error, "the worker sent an event that is not understood"),
+        };
+        match self.sockets.get(&event.reporter) {
+            Some(served) => self.surroundings.event(&served.service, event),
+            // A connection may end after its proxy was stopped.
+            None => self.surroundings.event("", event),
+        }
+    }
+
+    fn status(&self, status: ProxyStatus) {
+        if let Some(nack) = &status.nack {
+            warn!(proxy = status.proxy, resource = nack.resource, reason = nack.reason, "the worker refuses a resource");
+        }
+        self.view.send_modify(|view| drop(view.proxies.insert(status.proxy.clone(), status)));
+    }
+
+    async fn send(&self, worker: &Worker, message: &ToWorker, descriptors: &[BorrowedFd<'_>]) -> Result<(), ()> {
+        match timeout(STUCK, worker.control.send(message, descriptors)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(SendError::Socket(error))) => {
+                debug!(%error, "the worker is gone");
+                Err(())
+            }
+            Ok(Err(error)) => {
+                error!(%error, "a message to the worker was not sent");
+                Ok(())
+            }
+            Err(_) => {
+                error!(pid = worker.process.pid, "the worker does not read its control socket; replacing it");
+                Err(())
+            }
+        }
+    }
+
+    async fn shut_down(&mut self, worker: Worker, deadline: Duration, done: oneshot::Sender<()>) {
+        let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
+        if self.send(&worker, &ToWorker::Drain { deadline_ms }, &[]).await.is_ok() {
+            let drained = async {
+                while let Ok(Some((message, _))) = worker.control.recv::<ToAgent>().await {
+                    if let ToAgent::Event(record) = message {
+                        self.event(record);
+                    }
+                }
+            };
+            if timeout(deadline, drained).await.is_err() {
+                info!("the worker did not drain in time");
+            }
+        }
+        worker.end().await;
+        process::forget(&self.settings.data_dir);
+        drop(done.send(()));
+    }
+}
