@@ -79,6 +79,17 @@ pub struct ServiceView {
     pub sidecar_port: Option<u16>,
 }
 
+impl ServiceView {
+    fn planned(registration: &Registration) -> Self {
+        Self {
+            service_id: registration.service_id.clone(),
+            service: registration.service.clone(),
+            sidecar_id: registration.sidecar_id.clone(),
+            sidecar_port: None,
+        }
+    }
+}
+
 /// What is known of an allocation.
 #[derive(Clone, Debug)]
 pub struct AllocationView {
@@ -118,7 +129,7 @@ impl Allocation {
         let stop_tasks = CancellationToken::new();
         if let Some(up) = self.bring_up(&stop).await {
             self.start_tasks(&up, &tasks, &stop_tasks);
-            self.watch_until(&stop).await;
+            self.watch_until(&stop, &stop_tasks).await;
         }
         self.take_down(&tasks, &stop_tasks).await;
     }
@@ -154,6 +165,9 @@ impl Allocation {
         self.view.send_modify(|view| view.addresses = addresses);
         let environment = self.context(&workload);
         let registrations = self.registrations(group, &workload, &environment)?;
+        // Known before the first is registered: whatever happens on the way, all of them are deregistered in the end.
+        let planned = registrations.iter().map(|registration| ServiceView::planned(registration)).collect();
+        self.view.send_modify(|view| view.services = planned);
         self.attach(&workload, &registrations).await?;
         self.node.network.publish(&self.id, &self.port_maps(group, None)).await?;
         let services = self.register(&registrations).await?;
@@ -231,12 +245,7 @@ impl Allocation {
         let mut services = Vec::new();
         for registration in registrations {
             let sidecar_port = self.node.register(&registration.body).await?;
-            services.push(ServiceView {
-                service_id: registration.service_id.clone(),
-                service: registration.service.clone(),
-                sidecar_id: registration.sidecar_id.clone(),
-                sidecar_port,
-            });
+            services.push(ServiceView { sidecar_port, ..ServiceView::planned(registration) });
         }
         Ok(services)
     }
@@ -265,7 +274,7 @@ impl Allocation {
         info!(alloc = %self.id, services = up.services.len(), "starting the tasks");
         for task in &group.tasks {
             let (publish, view) = watch::channel(TaskView::default());
-            self.follow(task.name.clone(), view, tasks, stop);
+            self.follow(task.name.clone(), view, tasks);
             match self.task_spec(group, task, up) {
                 Ok(spec) => {
                     let (policy, executor) = (restart_policy(task), ExecutorCommand::default());
@@ -320,8 +329,8 @@ impl Allocation {
     }
 
     /// Copies what a task tells of itself into the allocation's view.
-    fn follow(&self, task: String, mut view: watch::Receiver<TaskView>, tasks: &TaskTracker, stop: &CancellationToken) {
-        let (publish, stop) = (self.view.clone(), stop.clone());
+    fn follow(&self, task: String, mut view: watch::Receiver<TaskView>, tasks: &TaskTracker) {
+        let publish = self.view.clone();
         tasks.spawn(async move {
             loop {
                 let now = view.borrow_and_update().clone();
@@ -330,19 +339,20 @@ impl Allocation {
                     allocation.status = status(&allocation.tasks);
                 });
                 if view.changed().await.is_err() {
-                    return drop(stop);
+                    return;
                 }
             }
         });
     }
 
-    /// Waits for the end. Tasks that failed for good take their services out of the catalog at once.
-    async fn watch_until(&self, stop: &CancellationToken) {
+    /// Waits for the end. A task that failed for good takes its siblings along, and the services out of the catalog.
+    async fn watch_until(&self, stop: &CancellationToken, stop_tasks: &CancellationToken) {
         let mut view = self.view.subscribe();
         tokio::select! {
             () = stop.cancelled() => {}
             _ = view.wait_for(|view| view.status == AllocationStatus::Failed) => {
                 self.deregister().await;
+                stop_tasks.cancel();
                 stop.cancelled().await;
             }
         }

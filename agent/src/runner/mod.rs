@@ -1,0 +1,306 @@
+//! Runs Nomad job files on this node: the embedded default scheduler of exactly one node.
+//!
+//! Owns jobs and allocations. A job is compared with what runs; allocations of changed groups are replaced, the rest is
+//! left alone. What a job means is the business of `culvert-jobspec`; how an allocation lives is in [`allocation`].
+
+mod allocation;
+mod ports;
+mod records;
+mod registration;
+mod services;
+mod tasks;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use culvert_jobspec::{Diagnostics, Job};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+pub use allocation::{AllocationStatus, AllocationView, ServiceView};
+pub use records::{AllocationRecord, JobRecord, RecordError, Records};
+pub use services::{NetnsTable, NodeServices, RunError};
+pub use tasks::{TaskEvent, TaskState, TaskView};
+
+use crate::workload::AllocId;
+use allocation::Allocation;
+
+/// Why a job was not accepted.
+#[derive(Debug, thiserror::Error)]
+pub enum SubmitError {
+    /// The job cannot run here; positions included.
+    #[error("{0}")]
+    NotRunnable(Diagnostics),
+    /// `datacenters` of the job leaves this node out.
+    #[error("job {job:?} is for datacenters {datacenters:?}; this node is in {here:?}")]
+    Datacenter {
+        /// The job.
+        job: String,
+        /// Its patterns.
+        datacenters: Vec<String>,
+        /// Ours.
+        here: String,
+    },
+    /// A port of the job is taken.
+    #[error(transparent)]
+    Port(#[from] ports::PortError),
+    /// The record could not be written.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// No such job.
+    #[error("no job {0:?}")]
+    UnknownJob(String),
+}
+
+/// What a submission did.
+#[derive(Clone, Debug, Default)]
+pub struct Submitted {
+    /// Version of the job.
+    pub version: u64,
+    /// Allocations made.
+    pub created: Vec<String>,
+    /// Allocations that are being stopped.
+    pub stopped: Vec<String>,
+    /// Allocations left alone.
+    pub kept: Vec<String>,
+}
+
+struct Live {
+    view: watch::Receiver<AllocationView>,
+    stop: CancellationToken,
+    life: JoinHandle<()>,
+}
+
+/// The runner.
+pub struct Runner {
+    node: Arc<NodeServices>,
+    /// One submission at a time.
+    submitting: tokio::sync::Mutex<()>,
+    jobs: Mutex<BTreeMap<String, JobRecord>>,
+    live: Mutex<BTreeMap<String, Live>>,
+}
+
+impl Runner {
+    /// Takes over what the records name: what lives goes on, what was being stopped is removed.
+    #[must_use]
+    pub fn start(node: Arc<NodeServices>) -> Arc<Self> {
+        let jobs = node.records.jobs().into_iter().map(|record| (record.job.id.clone(), record)).collect();
+        let runner = Arc::new(Self {
+            submitting: tokio::sync::Mutex::new(()),
+            jobs: Mutex::new(jobs),
+            live: Mutex::new(BTreeMap::new()),
+            node,
+        });
+        for record in runner.node.records.allocations() {
+            let stopping = record.stopping;
+            let id = record.id.clone();
+            if runner.launch(record) && stopping {
+                runner.stop_allocation(&id);
+            }
+        }
+        runner
+    }
+
+    /// Runs `job`, or brings what runs of it up to date.
+    ///
+    /// # Errors
+    /// [`SubmitError`]; nothing has changed then.
+    pub async fn submit(&self, job: Job) -> Result<Submitted, SubmitError> {
+        let _one_at_a_time = self.submitting.lock().await;
+        culvert_jobspec::check_runnable(&job).map_err(SubmitError::NotRunnable)?;
+        let here = self.node.context.datacenter.clone();
+        if !job.runs_in(&here) {
+            let (job, datacenters) = (job.id.clone(), job.datacenters.clone());
+            return Err(SubmitError::Datacenter { job, datacenters, here });
+        }
+        let before = self.jobs.lock().get(&job.id).cloned();
+        let changed = before.as_ref().is_none_or(|before| before.stopped || before.job != job);
+        let version = before.as_ref().map_or(0, |before| before.version + u64::from(changed));
+        let (kept, stop) = self.compare(&job);
+        let planned = self.plan_allocations(&job, version, &kept, &stop)?;
+        let record = JobRecord { job: job.clone(), version, stopped: false, submitted: now() };
+        self.node.records.put_job(&record)?;
+        for allocation in &planned {
+            self.node.records.put_allocation(allocation)?;
+        }
+        self.jobs.lock().insert(job.id.clone(), record);
+        // The old ones first: they may hold a port or an address that the new ones need.
+        let stopped = self.stop_and_wait(&stop).await;
+        let created = planned.iter().map(|allocation| allocation.id.clone()).collect();
+        info!(job = job.id, version, created = planned.len(), stopped = stopped.len(), "job submitted");
+        for allocation in planned {
+            self.launch(allocation);
+        }
+        Ok(Submitted { version, created, stopped, kept: kept.into_iter().map(|(id, ..)| id).collect() })
+    }
+
+    /// Stops every allocation of a job; returns when everything of them is gone. `purge` forgets the job as well.
+    ///
+    /// # Errors
+    /// [`SubmitError::UnknownJob`].
+    pub async fn stop(&self, id: &str, purge: bool) -> Result<Vec<String>, SubmitError> {
+        let _one_at_a_time = self.submitting.lock().await;
+        let mut record = self.jobs.lock().get(id).cloned().ok_or_else(|| SubmitError::UnknownJob(id.to_owned()))?;
+        let running: Vec<String> = self.views().into_iter().filter(|view| view.record.job.id == id).map(|view| view.record.id).collect();
+        record.stopped = true;
+        if purge {
+            self.node.records.remove_job(id)?;
+            self.jobs.lock().remove(id);
+        } else {
+            self.node.records.put_job(&record)?;
+            self.jobs.lock().insert(id.to_owned(), record);
+        }
+        Ok(self.stop_and_wait(&running).await)
+    }
+
+    /// Stops everything on this node.
+    pub async fn stop_all(&self) {
+        let _one_at_a_time = self.submitting.lock().await;
+        let all: Vec<String> = self.live.lock().keys().cloned().collect();
+        self.stop_and_wait(&all).await;
+        for id in self.jobs.lock().keys() {
+            if let Err(error) = self.node.records.remove_job(id) {
+                tracing::warn!(%error, "a job's record stays");
+            }
+        }
+    }
+
+    /// Every job.
+    #[must_use]
+    pub fn jobs(&self) -> Vec<JobRecord> {
+        self.jobs.lock().values().cloned().collect()
+    }
+
+    /// One job.
+    #[must_use]
+    pub fn job(&self, id: &str) -> Option<JobRecord> {
+        self.jobs.lock().get(id).cloned()
+    }
+
+    /// Every allocation that is not gone.
+    #[must_use]
+    pub fn views(&self) -> Vec<AllocationView> {
+        self.live.lock().values().map(|live| live.view.borrow().clone()).collect()
+    }
+
+    /// The allocation whose id starts with `prefix`, if exactly one does.
+    #[must_use]
+    pub fn allocation(&self, prefix: &str) -> Option<AllocationView> {
+        let live = self.live.lock();
+        let mut matching = live.iter().filter(|(id, _)| id.starts_with(prefix));
+        let (_, one) = matching.next()?;
+        matching.next().is_none().then(|| one.view.borrow().clone())
+    }
+
+    /// Allocations of `job` that may stay (id, group, index), and ids of those that must go.
+    fn compare(&self, job: &Job) -> (Vec<(String, String, u32)>, Vec<String>) {
+        let (mut kept, mut stop) = (Vec::new(), Vec::new());
+        for view in self.views().into_iter().filter(|view| view.record.job.id == job.id) {
+            let record = view.record;
+            let same = |group: &&culvert_jobspec::Group| {
+                record.index < group.count && record.job.group(&record.group).is_some_and(|old| same_group(old, group))
+            };
+            let stays = view.status != AllocationStatus::Failed
+                && record.job.meta == job.meta
+                && job.group(&record.group).filter(same).is_some();
+            if stays { kept.push((record.id, record.group, record.index)) } else { stop.push(record.id) }
+        }
+        (kept, stop)
+    }
+
+    fn plan_allocations(
+        &self,
+        job: &Job,
+        job_version: u64,
+        kept: &[(String, String, u32)],
+        stop: &[String],
+    ) -> Result<Vec<AllocationRecord>, SubmitError> {
+        let mut others: Vec<AllocationRecord> = self.views().into_iter().map(|view| view.record).collect();
+        // Numbers of stopping ones stay taken until they are gone; their ports are free by then.
+        let mut planned = Vec::new();
+        for group in &job.groups {
+            for index in 0..group.count {
+                if kept.iter().any(|(_, name, at)| *name == group.name && *at == index) {
+                    continue;
+                }
+                let used = others.iter().filter(|record| !stop.contains(&record.id));
+                let record = AllocationRecord {
+                    id: AllocId::random().to_string(),
+                    workload: free_number(others.iter().map(|record| record.workload)),
+                    ports: ports::bind(&group.network, used.flat_map(|record| record.ports.values()))?,
+                    job: job.clone(),
+                    job_version,
+                    group: group.name.clone(),
+                    index,
+                    created: now(),
+                    stopping: false,
+                };
+                others.push(record.clone());
+                planned.push(record);
+            }
+        }
+        Ok(planned)
+    }
+
+    /// Starts the life of an allocation; `false` if its record makes no sense.
+    fn launch(&self, record: AllocationRecord) -> bool {
+        let Ok(id) = AllocId::new(&record.id) else {
+            tracing::warn!(id = record.id, "a record names no allocation; ignored");
+            return false;
+        };
+        let (publish, view) = watch::channel(AllocationView {
+            record: record.clone(),
+            status: AllocationStatus::Pending,
+            error: None,
+            addresses: Vec::new(),
+            services: Vec::new(),
+            tasks: BTreeMap::new(),
+        });
+        let stop = CancellationToken::new();
+        let allocation = Allocation { id, record: record.clone(), node: Arc::clone(&self.node), view: publish };
+        let life = tokio::spawn(allocation.run(stop.clone()));
+        self.live.lock().insert(record.id, Live { view, stop, life });
+        true
+    }
+
+    fn stop_allocation(&self, id: &str) {
+        let live = self.live.lock();
+        let Some(live) = live.get(id) else { return };
+        let record = AllocationRecord { stopping: true, ..live.view.borrow().record.clone() };
+        // If this does not reach the disk, the next agent takes the allocation over and is told to stop it again.
+        if let Err(error) = self.node.records.put_allocation(&record) {
+            tracing::warn!(%error, "cannot write down that an allocation is stopping");
+        }
+        live.stop.cancel();
+    }
+
+    async fn stop_and_wait(&self, ids: &[String]) -> Vec<String> {
+        ids.iter().for_each(|id| self.stop_allocation(id));
+        for id in ids {
+            let Some(live) = self.live.lock().remove(id) else { continue };
+            if let Err(error) = live.life.await {
+                tracing::error!(%error, alloc = id, "the life of an allocation ended in a panic");
+            }
+        }
+        ids.to_vec()
+    }
+}
+
+/// Would an allocation of `old` serve as one of `new`? The count alone makes no difference.
+fn same_group(old: &culvert_jobspec::Group, new: &culvert_jobspec::Group) -> bool {
+    culvert_jobspec::Group { count: new.count, ..old.clone() } == *new
+}
+
+/// The smallest number from 1 that is not taken.
+fn free_number(taken: impl Iterator<Item = u32>) -> u32 {
+    let taken: std::collections::BTreeSet<u32> = taken.collect();
+    (1..).find(|number| !taken.contains(number)).unwrap_or(u32::MAX)
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}

@@ -1,0 +1,144 @@
+//! What an allocation uses of the rest of the node.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use culvert_api::ServiceRegistration;
+use culvert_control::{CheckDialer, Control};
+use culvert_jobspec::{EnvironmentError, NodeContext, TemplateError};
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use parking_lot::Mutex;
+use serde_json::Value;
+use tokio::net::TcpStream;
+use tracing::warn;
+
+use super::records::{RecordError, Records};
+use super::registration::RegistrationError;
+use crate::policy::PolicyEngine;
+use crate::report::chain;
+use crate::task::{DirError, StartError, UnknownSignal};
+use crate::worker::{NotReady, WorkerHandle};
+use crate::workload::{self, Network, NetworkError};
+
+/// Why an allocation, or a part of it, does not come up.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each variant is one step, and its source says the rest")]
+pub enum RunError {
+    #[error("the job has no group {0:?}")]
+    UnknownGroup(String),
+    #[error("driver {0:?} is not supported by culvert yet")]
+    Driver(String),
+    #[error("allocation directory")]
+    Dir(#[from] DirError),
+    #[error("network")]
+    Network(#[from] NetworkError),
+    #[error("kernel programs: {reason}")]
+    Kernel { reason: String },
+    #[error("environment")]
+    Environment(#[from] EnvironmentError),
+    #[error("interpolation")]
+    Template(#[from] TemplateError),
+    #[error("services")]
+    Registration(#[from] RegistrationError),
+    #[error("the catalog refuses the service: {reason}")]
+    Catalog { reason: String },
+    #[error(transparent)]
+    Worker(#[from] NotReady),
+    #[error(transparent)]
+    Task(#[from] StartError),
+    #[error("kill_signal")]
+    Signal(#[from] UnknownSignal),
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error("a part of the agent ended in a panic")]
+    Aborted(#[source] tokio::task::JoinError),
+}
+
+/// The services of the node that allocations are built from.
+pub struct NodeServices {
+    /// Namespaces, addresses, ports.
+    pub network: Arc<Network>,
+    /// Catalog.
+    pub control: Arc<Control>,
+    /// The worker.
+    pub worker: WorkerHandle,
+    /// Kernel programs.
+    pub policy: Arc<PolicyEngine>,
+    /// What is written down.
+    pub records: Records,
+    /// Where each service lives, for its checks.
+    pub netns: NetnsTable,
+    /// What `${node.…}` means.
+    pub context: NodeContext,
+    /// Where this node is reached.
+    pub advertise: IpAddr,
+    /// The agent's data directory.
+    pub data_dir: PathBuf,
+    /// Parent of all task cgroups.
+    pub cgroup_parent: String,
+}
+
+impl NodeServices {
+    /// Registers a service; returns the port of its sidecar, if it has one.
+    ///
+    /// # Errors
+    /// [`RunError::Catalog`] with the catalog's text.
+    pub(super) async fn register(&self, body: &Value) -> Result<Option<u16>, RunError> {
+        let refused = |reason: String| RunError::Catalog { reason };
+        let text = body.to_string();
+        let body = ServiceRegistration::decode(text.as_bytes()).map_err(|error| refused(error.to_string()))?;
+        let registered = self.control.register_service(body).await.map_err(|error| refused(error.to_string()))?;
+        Ok(registered.sidecar_port)
+    }
+
+    /// Takes a service and its sidecar out of the catalog. What is not there is already out.
+    pub(super) async fn deregister(&self, service_id: &str) {
+        if let Err(error) = self.control.deregister_service(service_id).await {
+            warn!(service_id, error = chain(&error), "service is not deregistered");
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Home {
+    netns: PathBuf,
+    /// A sidecar's listener is on every address of the netns; its catalog address may be the node's.
+    on_loopback: bool,
+}
+
+/// Which service lives in which network namespace. Checks are dialled from inside.
+#[derive(Clone, Default)]
+pub struct NetnsTable {
+    homes: Arc<Mutex<BTreeMap<String, Home>>>,
+}
+
+impl NetnsTable {
+    pub(super) fn insert(&self, service_id: &str, netns: &Path, on_loopback: bool) {
+        self.homes.lock().insert(service_id.to_owned(), Home { netns: netns.to_owned(), on_loopback });
+    }
+
+    pub(super) fn remove(&self, service_id: &str) {
+        self.homes.lock().remove(service_id);
+    }
+}
+
+impl CheckDialer for NetnsTable {
+    fn dial(&self, service_id: &str, address: SocketAddr) -> BoxFuture<'static, io::Result<TcpStream>> {
+        let home = self.homes.lock().get(service_id).cloned();
+        async move {
+            match home {
+                None => TcpStream::connect(address).await,
+                Some(Home { netns, on_loopback: false }) => workload::dial(&netns, address).await,
+                Some(Home { netns, on_loopback: true }) => {
+                    let inside = SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, address.port()));
+                    workload::dial(&netns, inside).await
+                }
+            }
+        }
+        .boxed()
+    }
+}
