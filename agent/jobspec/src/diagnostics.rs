@@ -125,11 +125,9 @@ impl Diagnostics {
         self.errors.is_empty()
     }
 
-    /// Sorts by place; errors without one come last.
-    pub(crate) fn sorted(mut self) -> Self {
-        let place = |error: &Diagnostic| error.location.as_ref().map_or((usize::MAX, 0), |at| (at.line, at.column));
-        self.errors.sort_by_key(place);
-        self
+    /// Counts errors that were not kept.
+    pub(crate) fn omit(&mut self, count: usize) {
+        self.omitted += count;
     }
 }
 

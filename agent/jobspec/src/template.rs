@@ -174,16 +174,6 @@ impl Template {
         }
         out
     }
-
-    /// Removes blanks at the end (`${x ~}`-style markers act on the text beside them).
-    pub(crate) fn trim_end(&mut self) {
-        if let Some(Part::Literal(last)) = self.0.last_mut() {
-            last.truncate(last.trim_end().len());
-            if last.is_empty() {
-                self.0.pop();
-            }
-        }
-    }
 }
 
 impl fmt::Display for Template {

@@ -40,7 +40,7 @@ pub enum Driver {
     Exec(Command),
     /// A plain child process.
     RawExec(Command),
-    /// Parsed so that a job file stays valid; `check_runnable` refuses to run it. Holds `config` as written.
+    /// Parsed so that a job file stays valid; [`crate::check_runnable`] refuses to run it. Holds `config` as written.
     Docker(Map<String, Value>),
 }
 
