@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bootstrap;
 pub mod config;
 pub mod handoff;
 pub mod rbac;
