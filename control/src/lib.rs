@@ -11,6 +11,7 @@ mod config;
 mod mesh;
 pub mod state;
 pub mod store;
+pub mod xds;
 
 pub use config::{CONSUL_VERSION, ControlConfig, HttpLimits, Reloadable, SIDECAR_PORTS};
 pub use mesh::{MeshContext, MeshInstance, MeshUpstream, MeshView};
