@@ -120,8 +120,7 @@ impl XdsServer {
             streams: Arc::new(Semaphore::new(limits.max_streams)),
             tasks: TaskTracker::new(),
         });
-        let server =
-            Self { shared, address, connections: Arc::new(Semaphore::new(limits.max_connections)), accepted };
+        let server = Self { shared, address, connections: Arc::new(Semaphore::new(limits.max_connections)), accepted };
         server.shared.tasks.spawn(serve(Arc::clone(&server.shared), limits, connections));
         if let Some(listener) = listener {
             let (connections, accepted) = (Arc::clone(&server.connections), server.accepted.clone());
@@ -163,11 +162,7 @@ impl XdsServer {
     }
 }
 
-async fn accept(
-    listener: TcpListener,
-    connections: Arc<Semaphore>,
-    accepted: mpsc::Sender<io::Result<Connection>>,
-) {
+async fn accept(listener: TcpListener, connections: Arc<Semaphore>, accepted: mpsc::Sender<io::Result<Connection>>) {
     loop {
         let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
         let stream = match listener.accept().await {

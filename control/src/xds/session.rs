@@ -165,8 +165,7 @@ impl Session {
         };
         let waits = |listener: &&Arc<Resource>| listener.needs.as_deref().is_some_and(|cluster| !ready(cluster));
         let changed = self.listeners.changed(resources.of(Kind::Listener));
-        let held: BTreeSet<String> =
-            changed.iter().filter(waits).map(|listener| listener.name.clone()).collect();
+        let held: BTreeSet<String> = changed.iter().filter(waits).map(|listener| listener.name.clone()).collect();
         if held.is_empty() {
             self.held_since = None;
             return held;

@@ -66,7 +66,11 @@ impl Status {
         let registry = registry.sub_registry_with_prefix("xds");
         let metrics = self.metrics.clone();
         registry.register("streams", "Open streams of proxies", metrics.streams);
-        registry.register("streams_refused", "Streams that were refused or ended by the server", metrics.refused_streams);
+        registry.register(
+            "streams_refused",
+            "Streams that were refused or ended by the server",
+            metrics.refused_streams,
+        );
         registry.register("responses", "Responses sent to proxies", metrics.responses);
         registry.register("refusals", "Responses that proxies refused (NACK)", metrics.refusals);
     }

@@ -11,10 +11,7 @@ use crate::xds::snapshot::{Instance, Target};
 /// All instances of `target`, in one locality. No instance means an empty assignment, which refuses connections.
 pub(super) fn assignment(target: &Target) -> ClusterLoadAssignment {
     let lb_endpoints = target.instances.iter().map(endpoint).collect();
-    ClusterLoadAssignment {
-        cluster_name: target.name.clone(),
-        endpoints: vec![LocalityLbEndpoints { lb_endpoints }],
-    }
+    ClusterLoadAssignment { cluster_name: target.name.clone(), endpoints: vec![LocalityLbEndpoints { lb_endpoints }] }
 }
 
 fn endpoint(instance: &Instance) -> LbEndpoint {

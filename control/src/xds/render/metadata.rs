@@ -22,10 +22,7 @@ pub(super) fn explanation(snapshot: &Snapshot) -> Metadata {
         ("intentions", Value { kind: Some(ValueKind::List(ListValue { values })) })
     });
     let head = listed.is_some().then(|| {
-        [
-            ("destination", text(snapshot.identity.service.as_str())),
-            ("default", text(snapshot.default_action.as_str())),
-        ]
+        [("destination", text(snapshot.identity.service.as_str())), ("default", text(snapshot.default_action.as_str()))]
     });
     ours(head.into_iter().flatten().chain(listed))
 }

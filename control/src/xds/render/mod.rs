@@ -121,6 +121,14 @@ impl Resources {
         }
     }
 
+    fn of_mut(&mut self, kind: Kind) -> &mut BTreeMap<String, Arc<Resource>> {
+        match kind {
+            Kind::Cluster => &mut self.clusters,
+            Kind::Endpoints => &mut self.endpoints,
+            Kind::Listener => &mut self.listeners,
+        }
+    }
+
     /// A version of the whole: of all versions.
     #[must_use]
     pub fn version(&self) -> String {
@@ -137,12 +145,7 @@ impl Resources {
 pub fn render(snapshot: &Snapshot) -> Resources {
     let mut resources = Resources::default();
     let mut add = |kind: Kind, resource: Arc<Resource>| {
-        let of_kind = match kind {
-            Kind::Cluster => &mut resources.clusters,
-            Kind::Endpoints => &mut resources.endpoints,
-            Kind::Listener => &mut resources.listeners,
-        };
-        of_kind.insert(resource.name.clone(), resource);
+        resources.of_mut(kind).insert(resource.name.clone(), resource);
     };
     if let Some(inbound) = &snapshot.inbound {
         let cluster = cluster::local_app(inbound);
@@ -183,3 +186,19 @@ fn duration(duration: std::time::Duration) -> PbDuration {
         nanos: i32::try_from(duration.subsec_nanos()).unwrap_or(0),
     }
 }
+
+/// Resources with these names, versions and needs, and no content.
+#[cfg(test)]
+pub(super) fn test_resources(rows: &[(Kind, &str, &str, Option<&str>)]) -> Resources {
+    let mut resources = Resources::default();
+    for (kind, name, version, needs) in rows {
+        let body = Any { type_url: kind.type_url().to_owned(), value: Vec::new() };
+        let (name, needs) = ((*name).to_owned(), needs.map(str::to_owned));
+        let resource = Arc::new(Resource { name: name.clone(), version: (*version).to_owned(), body, needs });
+        resources.of_mut(*kind).insert(name, resource);
+    }
+    resources
+}
+
+#[cfg(test)]
+mod tests;

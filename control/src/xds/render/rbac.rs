@@ -57,8 +57,7 @@ pub(super) fn rules(intentions: &[Intention], default: Action, trust_domain: &Tr
         };
         if intention.action == listed {
             let permission = Permission { rule: Some(Rule::Any(true)) };
-            let policy =
-                Policy { permissions: vec![permission], principals: vec![principal], ..Policy::default() };
+            let policy = Policy { permissions: vec![permission], principals: vec![principal], ..Policy::default() };
             policies.insert(policy_name(intention), policy);
         }
         if intention.source == IntentionSubject::Any {

@@ -1,0 +1,185 @@
+//! Two real Envoys carry TCP through mutual TLS with our configuration, and obey intentions live.
+
+mod support;
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use culvert_control::Reloadable;
+use culvert_types::{Action, Encryption, HealthStatus};
+use support::envoy::Envoy;
+use support::{Control, PATIENCE, eventually, service, sidecar, upstream};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
+
+/// Longest time for one echo; a connection that does not answer counts as refused after it.
+const ECHO: Duration = Duration::from_secs(5);
+
+/// `web` calls `api` through two Envoys.
+struct Pair {
+    control: Control,
+    web: Envoy,
+    api: Envoy,
+    upstream: SocketAddr,
+}
+
+impl Pair {
+    async fn start(default_policy: Action) -> Self {
+        let control = Control::start(default_policy).await;
+        let application = echo_server().await;
+        let (web, api, local) = (free_port().await, free_port().await, free_port().await);
+        control.put(&service("api", application)).await;
+        control.put(&sidecar("api", api, application, Vec::new())).await;
+        control.put(&service("web", 9)).await;
+        control.put(&sidecar("web", web, 9, vec![upstream("api", "127.0.0.1", local)])).await;
+        let address = control.address();
+        Self {
+            web: Envoy::start("web-sidecar-proxy", "web", address),
+            api: Envoy::start("api-sidecar-proxy", "api", address),
+            upstream: SocketAddr::new(Ipv4Addr::LOCALHOST.into(), local),
+            control,
+        }
+    }
+
+    /// One connection through both: does it carry bytes?
+    async fn carries(&self) -> bool {
+        let echo = async {
+            let mut stream = TcpStream::connect(self.upstream).await?;
+            stream.write_all(b"through the culvert").await?;
+            let mut answer = [0; 19];
+            stream.read_exact(&mut answer).await?;
+            std::io::Result::Ok(answer == *b"through the culvert")
+        };
+        timeout(ECHO, echo).await.is_ok_and(|echo| echo.is_ok_and(|same| same))
+    }
+
+    async fn comes_to(&self, carries: bool, what: &str) {
+        eventually(what, async || self.carries().await == carries).await;
+    }
+
+    /// Makes a change, and waits until the proxy of `api` runs it.
+    async fn applied(&self, change: impl Future<Output = ()>) {
+        let version = || self.control.xds.status().proxies().remove("api-sidecar-proxy").map(|status| status.version);
+        let before = version();
+        change.await;
+        eventually("the change is in force", async || version() != before).await;
+    }
+
+    /// Nothing that we sent was refused.
+    fn accepted(&self) {
+        let proxies = self.control.xds.status().proxies();
+        for id in ["web-sidecar-proxy", "api-sidecar-proxy"] {
+            let status = proxies.get(id).unwrap_or_else(|| panic!("{id} is connected"));
+            assert!(status.refusals.is_empty(), "{id}: {:?}", status.refusals);
+        }
+        for envoy in [&self.web, &self.api] {
+            let log = envoy.log();
+            // The bootstrap, Consul's own, uses one deprecated field; what we send uses none.
+            let bad = |line: &&str| {
+                line.contains("rejected") || (line.contains("Deprecated") && !line.contains("http2_protocol_options"))
+            };
+            assert_eq!(log.lines().filter(bad).collect::<Vec<_>>(), Vec::<&str>::new());
+        }
+    }
+}
+
+async fn echo_server() -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("loopback");
+    let port = listener.local_addr().expect("bound").port();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.expect("accept");
+            tokio::spawn(async move {
+                let (mut read, mut write) = stream.split();
+                // The peer decides how it ends.
+                drop(tokio::io::copy(&mut read, &mut write).await);
+            });
+        }
+    });
+    port
+}
+
+/// A port that was free a moment ago.
+async fn free_port() -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("loopback");
+    listener.local_addr().expect("bound").port()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn intentions_switch_traffic_between_two_envoys_live() {
+    let pair = Pair::start(Action::Deny).await;
+    let control = &pair.control;
+    eventually("both proxies run our configuration", async || {
+        let proxies = control.xds.status().proxies();
+        proxies.len() == 2 && proxies.values().all(|status| !status.version.is_empty())
+    })
+    .await;
+    assert!(!pair.carries().await, "denied by default");
+    control.intend("web", "api", Action::Allow).await;
+    pair.comes_to(true, "an exact intention allows").await;
+    pair.accepted();
+    control.intend("web", "api", Action::Deny).await;
+    pair.comes_to(false, "the intention turned to deny").await;
+    pair.applied(control.intend("*", "api", Action::Allow)).await;
+    assert!(!pair.carries().await, "an exact denial wins over a wildcard");
+    control.forget("web", "api").await;
+    pair.comes_to(true, "the wildcard is left").await;
+    control.intend("*", "*", Action::Deny).await;
+    control.forget("*", "api").await;
+    pair.comes_to(false, "everything is denied").await;
+
+    let allow = Reloadable { default_policy: Action::Allow, encryption: Encryption::Always };
+    pair.applied(async {
+        control.settings.send_replace(allow);
+    })
+    .await;
+    assert!(!pair.carries().await, "denied by the wildcard, whatever the default");
+    control.forget("*", "*").await;
+    pair.comes_to(true, "allowed by default").await;
+    pair.applied(control.intend("other", "api", Action::Deny)).await;
+    assert!(pair.carries().await, "another service is denied, not this one");
+    control.intend("*", "*", Action::Deny).await;
+    pair.comes_to(false, "all others too").await;
+    control.intend("web", "*", Action::Allow).await;
+    pair.comes_to(true, "web may call anyone").await;
+    pair.accepted();
+    pair.control.stop.cancel();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rotation_of_the_root_loses_no_new_connection() {
+    let pair = Pair::start(Action::Allow).await;
+    pair.comes_to(true, "allowed by default").await;
+    let old = pair.control.authority.roots().expect("rows").active_id.clone();
+    pair.control.authority.rotate().await.expect("rotation");
+    let start = tokio::time::Instant::now();
+    let mut renewed = false;
+    while !renewed || start.elapsed() < Duration::from_secs(5) {
+        assert!(pair.carries().await, "a connection was lost {:?} after the rotation", start.elapsed());
+        let leaf = |service| pair.control.leaves.get(service);
+        let (web, api) = (support::name("web"), support::name("api"));
+        renewed = leaf(&web).await.expect("leaf").certificate.root_id != old
+            && leaf(&api).await.expect("leaf").certificate.root_id != old;
+        assert!(start.elapsed() < PATIENCE, "leaves were not renewed");
+    }
+    pair.accepted();
+    pair.control.stop.cancel();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_healthy_instances_get_traffic_and_a_deregistered_proxy_loses_its_stream() {
+    let pair = Pair::start(Action::Allow).await;
+    pair.comes_to(true, "allowed by default").await;
+    pair.control.set_health("api", HealthStatus::Critical).await;
+    pair.comes_to(false, "the only instance is critical").await;
+    pair.control.set_health("api", HealthStatus::Warning).await;
+    pair.comes_to(true, "one that warns is better than none").await;
+    pair.control.set_health("api", HealthStatus::Passing).await;
+    pair.accepted();
+    pair.control.deregister("api-sidecar-proxy").await;
+    pair.comes_to(false, "no instance is left").await;
+    eventually("its stream is ended", async || !pair.control.xds.status().proxies().contains_key("api-sidecar-proxy"))
+        .await;
+    pair.control.stop.cancel();
+}
