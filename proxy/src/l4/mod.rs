@@ -1,0 +1,18 @@
+//! TCP through the proxy: listeners, both directions, and the copy between them.
+//!
+//! `listener` accepts and keeps the registry of open connections; `inbound` and `outbound` bring a connection to the point
+//! where bytes may flow; `copy` carries them; `live` tells the events; `socket` knows options and ends.
+
+mod copy;
+mod inbound;
+mod listener;
+mod live;
+mod outbound;
+mod socket;
+
+pub use copy::MAX_KEPT;
+pub use inbound::HANDSHAKE_TIMEOUT;
+pub use listener::{ACCEPT_BACKOFF, DEFAULT_MAX_CONNECTIONS};
+pub(crate) use listener::{Listener, State};
+pub use outbound::DEFAULT_CONNECT_ATTEMPTS;
+pub use socket::{KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES};

@@ -1,0 +1,267 @@
+//! One proxy: the configuration of one workload, put in force and kept in force.
+//!
+//! A [`Proxy`] follows a stream of [`ProxyConfig`]s and changes as little as possible: a listener whose address stays keeps
+//! its socket, TLS that stays is not made again, counts of instances go on, connections that are open are judged anew by the
+//! policy that changed and otherwise left alone. A listener that is gone stops accepting at once and its connections may
+//! go on for [`LISTENER_DRAIN`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::time::{Instant, sleep_until};
+use tracing::{info, warn};
+
+use crate::balance::Destination;
+use crate::config::{self, Direction, ProxyConfig};
+use crate::events::Events;
+use crate::handoff::{ListenerStatus, Nack, ProxyStatus};
+use crate::l4::{Listener, State};
+use crate::sockets::Sockets;
+use crate::threads::DataThreads;
+use crate::tls::ServerContext;
+use crate::xds;
+
+/// How long the connections of a removed listener may go on.
+pub const LISTENER_DRAIN: Duration = Duration::from_secs(30);
+/// Pause before a listening socket that could not be had is asked for again.
+pub const LISTEN_RETRY: Duration = Duration::from_secs(1);
+/// Handshakes of one proxy that are worked on at the same time; more wait, within the handshake's time limit.
+pub const MAX_HANDSHAKES: usize = 256;
+
+/// What all connections of a proxy share.
+pub(crate) struct Context {
+    pub(crate) id: String,
+    node: String,
+    pub(crate) sockets: Arc<dyn Sockets>,
+    pub(crate) threads: Arc<DataThreads>,
+    pub(crate) events: Events,
+    pub(crate) handshakes: Semaphore,
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+/// One proxy, see the module.
+#[derive(Debug)]
+pub struct Proxy {
+    context: Arc<Context>,
+    destinations: BTreeMap<String, Arc<Destination>>,
+    listeners: BTreeMap<SocketAddr, Listener>,
+    statuses: BTreeMap<SocketAddr, ListenerStatus>,
+    drains: tokio::task::JoinSet<()>,
+}
+
+/// Where a proxy takes its configuration from.
+#[derive(Debug)]
+pub struct Feed {
+    /// The configuration in force.
+    pub config: watch::Receiver<Arc<ProxyConfig>>,
+    /// What the conversation with the control plane says about it.
+    pub status: watch::Receiver<xds::Status>,
+}
+
+impl Proxy {
+    /// Prepares the proxy with catalog ID `id` on `node`; nothing listens yet.
+    #[must_use]
+    pub fn new(id: &str, node: &str, sockets: Arc<dyn Sockets>, threads: Arc<DataThreads>, events: Events) -> Self {
+        let context = Context {
+            id: id.to_owned(),
+            node: node.to_owned(),
+            sockets,
+            threads,
+            events,
+            handshakes: Semaphore::new(MAX_HANDSHAKES),
+        };
+        Self {
+            context: Arc::new(context),
+            destinations: BTreeMap::new(),
+            listeners: BTreeMap::new(),
+            statuses: BTreeMap::new(),
+            drains: tokio::task::JoinSet::new(),
+        }
+    }
+
+    /// Follows `feed` until `stop` names a deadline, then drains: no connection is accepted any more, and those still open
+    /// when the deadline has passed are reset. Publishes the state after every change.
+    pub async fn run(
+        mut self,
+        mut feed: Feed,
+        publish: watch::Sender<ProxyStatus>,
+        mut stop: oneshot::Receiver<Duration>,
+    ) {
+        let mut retry = None;
+        let deadline = loop {
+            let config = Arc::clone(&feed.config.borrow_and_update());
+            let known = feed.status.borrow_and_update().clone();
+            let all_listen = self.apply(&config).await;
+            retry = if all_listen {
+                None
+            } else {
+                retry.filter(|at| *at > Instant::now()).or(Some(Instant::now() + LISTEN_RETRY))
+            };
+            let status = self.status(known, all_listen);
+            publish.send_if_modified(|before| std::mem::replace(before, status.clone()) != status);
+            let again = async {
+                match retry {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                deadline = &mut stop => break deadline.unwrap_or_default(),
+                changed = feed.config.changed() => if changed.is_err() {
+                    // The client is gone: the last configuration stays.
+                    break stop.await.unwrap_or_default();
+                },
+                changed = feed.status.changed() => if changed.is_err() {
+                    break stop.await.unwrap_or_default();
+                },
+                () = again => {}
+                Some(_) = self.drains.join_next() => {}
+            }
+        };
+        self.drain(deadline).await;
+    }
+
+    async fn drain(mut self, deadline: Duration) {
+        info!(proxy = self.context.id, ?deadline, "draining");
+        for address in self.listeners.keys() {
+            self.context.sockets.forget(*address);
+        }
+        join_all(std::mem::take(&mut self.listeners).into_values().map(|listener| listener.drain(deadline))).await;
+        if tokio::time::timeout(deadline, async { while self.drains.join_next().await.is_some() {} }).await.is_err() {
+            warn!(proxy = self.context.id, "connections of removed listeners are still open");
+        }
+    }
+
+    /// Puts `config` in force. `false` if a listener has no socket.
+    async fn apply(&mut self, config: &ProxyConfig) -> bool {
+        self.apply_clusters(config);
+        let mut wanted: BTreeMap<SocketAddr, Arc<config::Listener>> = BTreeMap::new();
+        for listener in config.listeners.values() {
+            wanted.insert(listener.address, Arc::clone(listener));
+        }
+        let companions: Vec<_> =
+            wanted.values().filter_map(|listener| Some((loopback_v6(listener)?, Arc::clone(listener)))).collect();
+        let mut optional = BTreeSet::new();
+        for (address, listener) in companions {
+            if let std::collections::btree_map::Entry::Vacant(free) = wanted.entry(address) {
+                free.insert(listener);
+                optional.insert(address);
+            }
+        }
+        let gone: Vec<SocketAddr> =
+            self.listeners.keys().filter(|address| !wanted.contains_key(address)).copied().collect();
+        for address in gone {
+            self.remove(address);
+        }
+        self.statuses.retain(|address, _| wanted.contains_key(address));
+        let mut all = true;
+        for (address, listener) in wanted {
+            let problem = self.apply_listener(address, &listener).await.err();
+            let ready = self.listeners.contains_key(&address);
+            if optional.contains(&address) {
+                if !ready {
+                    self.statuses.remove(&address); // without IPv6 there is none, and nobody misses it
+                    continue;
+                }
+            } else {
+                all &= ready;
+            }
+            let name = listener.name.clone();
+            let known = self.statuses.insert(address, ListenerStatus { name, address, ready, error: problem.clone() });
+            if let Some(problem) = problem
+                && known.is_none_or(|known| known.error.as_ref() != Some(&problem))
+            {
+                warn!(proxy = self.context.id, listener = listener.name, %address, problem, "listener is not as configured");
+            }
+        }
+        all
+    }
+
+    fn apply_clusters(&mut self, config: &ProxyConfig) {
+        self.destinations.retain(|name, _| config.clusters.contains_key(name));
+        for (name, cluster) in &config.clusters {
+            let previous = self.destinations.get(name);
+            if previous.is_some_and(|previous| previous.config == *cluster) {
+                continue;
+            }
+            match Destination::new(cluster, &self.context.node, previous.map(Arc::as_ref)) {
+                Ok(destination) => drop(self.destinations.insert(name.clone(), Arc::new(destination))),
+                Err(error) => {
+                    warn!(proxy = self.context.id, cluster = name, %error, "cluster is not usable; the last good one stays")
+                }
+            }
+        }
+    }
+
+    /// Puts one listener in force at `address`.
+    async fn apply_listener(&mut self, address: SocketAddr, config: &Arc<config::Listener>) -> Result<(), String> {
+        let before = self.listeners.get(&address).map(Listener::state);
+        let tls = match (&config.tls, &before) {
+            (None, _) => None,
+            (Some(tls), Some(before)) if before.config.tls.as_ref() == Some(tls) => before.tls.clone(),
+            (Some(tls), _) => match ServerContext::new(tls) {
+                Ok(context) => Some(Arc::new(context)),
+                Err(error) => return Err(format!("TLS: {error}")),
+            },
+        };
+        let destination = self.destinations.get(&config.cluster).cloned();
+        let same = |before: &State| {
+            let same_destination = match (&before.destination, &destination) {
+                (Some(before), Some(now)) => Arc::ptr_eq(before, now),
+                (before, now) => before.is_none() && now.is_none(),
+            };
+            before.config == *config && same_destination
+        };
+        if before.as_deref().is_some_and(same) {
+            return Ok(());
+        }
+        let state = State { config: Arc::clone(config), tls, destination };
+        if let Some(listener) = self.listeners.get(&address) {
+            listener.update(state);
+            return Ok(());
+        }
+        let socket = self.context.sockets.listen(address).await.map_err(|error| format!("listen: {error}"))?;
+        let listener =
+            Listener::start(Arc::clone(&self.context), socket, state).map_err(|error| format!("listen: {error}"))?;
+        info!(proxy = self.context.id, listener = config.name, %address, "accepting");
+        self.listeners.insert(address, listener);
+        Ok(())
+    }
+
+    fn remove(&mut self, address: SocketAddr) {
+        self.context.sockets.forget(address);
+        if let Some(listener) = self.listeners.remove(&address) {
+            info!(proxy = self.context.id, %address, "listener removed");
+            self.drains.spawn(listener.drain(LISTENER_DRAIN));
+        }
+    }
+
+    fn status(&self, known: xds::Status, all_listen: bool) -> ProxyStatus {
+        let own = self.listeners.values().filter_map(|listener| listener.state().tls.as_ref()?.not_after());
+        let clients = self.destinations.values().filter_map(|destination| destination.tls.as_ref()?.not_after());
+        ProxyStatus {
+            proxy: self.context.id.clone(),
+            listeners: self.statuses.values().cloned().collect(),
+            xds_version: (!known.version.is_empty()).then_some(known.version),
+            nack: known.last_nack.map(|nack| Nack { resource: nack.resource, reason: nack.reason }),
+            certificate_not_after: own.chain(clients).min(),
+            ready: known.ready && all_listen,
+        }
+    }
+}
+
+/// Applications that call `localhost` may try `::1` first: an upstream on 127.0.0.1 is offered there as well.
+fn loopback_v6(listener: &config::Listener) -> Option<SocketAddr> {
+    let loopback =
+        listener.address.ip() == IpAddr::V4(Ipv4Addr::LOCALHOST) && listener.direction == Direction::Outbound;
+    loopback.then(|| SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), listener.address.port()))
+}
