@@ -1,7 +1,9 @@
 //! Brings the kernel in line with policy: on every change of the mesh, of the workloads, and when a certificate ends.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -10,8 +12,8 @@ use culvert_types::decide;
 use tokio::sync::{Mutex, watch};
 use tracing::{error, info, warn};
 
-use super::{AttachedWorkload, Route, RouteKey, compile};
-use crate::datapath::{Datapath, FlowEnds, PortKind, WorkloadLinks};
+use super::{AttachedWorkload, Pair, Route, RouteKey, compile};
+use crate::datapath::{Datapath, FlowPair, Instance, PortKind, Upstream, UpstreamKey, WorkloadLinks};
 use crate::report::chain;
 use crate::workload::Workload;
 
@@ -42,8 +44,17 @@ impl Attachment {
     }
 }
 
+/// Two ends between which direct connections may be open: workload that calls, workload and port that are called.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+struct FlowEnds {
+    source: u32,
+    destination: u32,
+    port: u16,
+}
+
 struct Attached {
     attachment: Attachment,
+    netns: OwnedFd,
     netns_cookie: u64,
     steered: BTreeSet<u16>,
 }
@@ -58,8 +69,8 @@ struct Inner {
     denied: BTreeSet<FlowEnds>,
     /// Where the inbound listener of a proxy belongs: workload and port.
     expected: BTreeMap<String, (u32, u16)>,
-    /// Listeners that were opened before their workload was attached cannot be: kept for the next attempt.
-    listeners: BTreeMap<(u32, u16), OwnedFd>,
+    /// Numbers of pairs of services, as they come back in events of the kernel. Never reused while the agent runs.
+    pairs: Vec<Pair>,
 }
 
 /// Owns the kernel tables.
@@ -78,7 +89,7 @@ impl PolicyEngine {
             routes: BTreeMap::new(),
             denied: BTreeSet::new(),
             expected: BTreeMap::new(),
-            listeners: BTreeMap::new(),
+            pairs: Vec::new(),
         };
         Arc::new(Self { inner: Mutex::new(inner), mesh })
     }
@@ -126,21 +137,29 @@ impl PolicyEngine {
 
     /// The worker opened the inbound listener of `proxy`: the kernel steers its port to it, whatever else listens.
     pub async fn listener_opened(&self, proxy: &str, port: u16, listener: OwnedFd) {
-        self.inner.lock().await.steer(proxy, port, listener);
+        self.inner.lock().await.steer(proxy, port, &listener);
     }
 
-    /// Which services a route connects, for events of the kernel: source and destination workload to (source, destination, rule).
-    pub async fn explain(&self, source: u32, destination: u32) -> Option<(String, String, String)> {
-        let inner = self.inner.lock().await;
-        let leads = |route: &&Route| route.instances.iter().any(|instance| instance.workload == destination);
-        let found = inner.routes.iter().filter(|((workload, _), _)| *workload == source).map(|(_, route)| route).find(leads)?;
-        Some((found.source.to_string(), found.destination.to_string(), found.rule.clone()))
+    /// The pair of services with this number, for events of the kernel.
+    pub async fn pair(&self, number: u32) -> Option<Pair> {
+        self.inner.lock().await.pairs.get(usize::try_from(number).ok()?.checked_sub(1)?).cloned()
     }
 
-    /// Services of a workload by its number, for events of the kernel.
+    /// Catalog IDs of the sidecars of a workload, for events of the kernel.
     pub async fn sidecars(&self, id: u32) -> Vec<String> {
         let inner = self.inner.lock().await;
         inner.attached.get(&id).map(|attached| attached.attachment.sidecars.clone()).unwrap_or_default()
+    }
+
+    /// Takes programs off workloads that an earlier agent left and that are not in `live`.
+    pub async fn retain(&self, live: &[u32]) {
+        let mut inner = self.inner.lock().await;
+        let Some(datapath) = &mut inner.datapath else { return };
+        match datapath.retain(live) {
+            Ok(gone) if gone.is_empty() => {}
+            Ok(gone) => info!(count = gone.len(), "took the programs off workloads that are gone"),
+            Err(error) => warn!(error = chain(&error), "programs of workloads that are gone are not all removed"),
+        }
     }
 
     /// Is the direct path available on this node?
@@ -167,9 +186,14 @@ impl Inner {
         let Some(datapath) = &mut self.datapath else { return Ok(()) };
         let id = attachment.id;
         let workload = &attachment.workload;
+        let open = || -> io::Result<(OwnedFd, OwnedFd)> {
+            let netns = OwnedFd::from(std::fs::File::open(&workload.netns)?);
+            Ok((netns.try_clone()?, netns))
+        };
+        let (netns, for_links) = open().map_err(|error| format!("{}: {error}", workload.netns.display()))?;
         let links = WorkloadLinks {
             id,
-            netns: workload.netns.clone(),
+            netns: for_links,
             host_ifindex: workload.host_ifindex,
             addr4: workload.addr4,
             addr6: workload.addr6,
@@ -180,14 +204,13 @@ impl Inner {
         let mut ports = attachment.ports();
         ports.extend(steered.iter().map(|port| (*port, PortKind::Steered)));
         datapath.set_ports(id, &ports).map_err(|error| chain(&error))?;
-        self.attached.insert(id, Attached { attachment, netns_cookie, steered });
+        self.attached.insert(id, Attached { attachment, netns, netns_cookie, steered });
         self.reconcile(view);
         Ok(())
     }
 
     fn detach(&mut self, id: u32, view: &MeshView) {
         self.expected.retain(|_, (workload, _)| *workload != id);
-        self.listeners.retain(|(workload, _), _| *workload != id);
         if self.attached.remove(&id).is_none() {
             return;
         }
@@ -199,17 +222,15 @@ impl Inner {
         }
     }
 
-    fn steer(&mut self, proxy: &str, port: u16, listener: OwnedFd) {
+    fn steer(&mut self, proxy: &str, port: u16, listener: &OwnedFd) {
         let Some(datapath) = &mut self.datapath else { return };
         let Some((id, expected)) = self.expected.get(proxy).copied() else { return };
         let Some(attached) = self.attached.get_mut(&id).filter(|_| expected == port) else { return };
-        let listener_fd: BorrowedFd<'_> = listener.as_fd();
         let mut ports = attached.attachment.ports();
-        attached.steered.insert(port);
-        ports.extend(attached.steered.iter().map(|port| (*port, PortKind::Steered)));
-        let steered = datapath.steer(id, port, listener_fd).and_then(|()| datapath.set_ports(id, &ports));
+        ports.extend(attached.steered.iter().chain([&port]).map(|port| (*port, PortKind::Steered)));
+        let steered = datapath.steer(id, port, listener.as_fd()).and_then(|()| datapath.set_ports(id, &ports));
         match steered {
-            Ok(()) => drop(self.listeners.insert((id, port), listener)),
+            Ok(()) => drop(attached.steered.insert(port)),
             // The listener is reached through the ordinary lookup then.
             Err(error) => warn!(proxy, port, error = chain(&error), "inbound connections are not steered"),
         }
@@ -221,7 +242,8 @@ impl Inner {
         let workloads: Vec<AttachedWorkload> = self.attached.values().map(Attached::workload).collect();
         let desired = compile(view, &workloads, SystemTime::now());
         if desired != self.routes {
-            if let Err(error) = datapath.apply(&desired) {
+            let entries = entries(&desired, &self.attached, &mut self.pairs);
+            if let Err(error) = datapath.apply(&entries) {
                 // Removals come first, so what is in force is never more than what is allowed.
                 error!(error = chain(&error), "kernel routes are not up to date; trying again");
                 return;
@@ -232,7 +254,7 @@ impl Inner {
         // Also pairs that this agent sees for the first time: connections of its predecessor may live there.
         let ends: BTreeSet<FlowEnds> = denied.difference(&self.denied).copied().collect();
         if !ends.is_empty() {
-            match datapath.destroy_flows(&ends) {
+            match destroy(datapath, &self.attached, &ends) {
                 Ok(0) => {}
                 Ok(count) => info!(count, "ended live direct connections that are denied now"),
                 Err(error) => {
@@ -246,6 +268,11 @@ impl Inner {
 }
 
 impl Attached {
+    fn addresses(&self) -> Vec<IpAddr> {
+        let workload = &self.attachment.workload;
+        std::iter::once(workload.addr4.into()).chain(workload.addr6.map(IpAddr::from)).collect()
+    }
+
     fn workload(&self) -> AttachedWorkload {
         let workload = &self.attachment.workload;
         AttachedWorkload {
@@ -256,6 +283,67 @@ impl Attached {
             sidecars: self.attachment.sidecars.clone(),
         }
     }
+}
+
+/// The kernel's form of `routes`.
+fn entries(
+    routes: &BTreeMap<RouteKey, Route>,
+    attached: &BTreeMap<u32, Attached>,
+    pairs: &mut Vec<Pair>,
+) -> BTreeMap<UpstreamKey, Upstream> {
+    let mut entries = BTreeMap::new();
+    for ((workload, bind), route) in routes {
+        let Some(source) = attached.get(workload) else { continue };
+        let instances = route.instances.iter().map(|instance| Instance {
+            workload: instance.workload,
+            addr4: instance.address4,
+            addr6: instance.address6,
+            port: instance.port,
+        });
+        let key = UpstreamKey { netns_cookie: source.netns_cookie, address: bind.ip(), port: bind.port() };
+        let (service, instances) = (number(pairs, route), instances.collect());
+        entries.insert(key, Upstream { service, instances, not_after: Some(route.expires) });
+    }
+    entries
+}
+
+/// The number of the route's pair; the rule that is told with it is the one in force.
+fn number(pairs: &mut Vec<Pair>, route: &Route) -> u32 {
+    let same = |pair: &Pair| pair.source == route.source && pair.destination == route.destination;
+    let index = pairs.iter().position(same).unwrap_or_else(|| {
+        let (source, destination) = (route.source.clone(), route.destination.clone());
+        pairs.push(Pair { source, destination, rule: String::new() });
+        pairs.len() - 1
+    });
+    pairs[index].rule.clone_from(&route.rule);
+    u32::try_from(index + 1).unwrap_or(u32::MAX)
+}
+
+/// Ends live connections between `ends`, in both namespaces of each.
+fn destroy(
+    datapath: &Datapath,
+    attached: &BTreeMap<u32, Attached>,
+    ends: &BTreeSet<FlowEnds>,
+) -> io::Result<usize> {
+    let addresses = |id: u32| attached.get(&id).map(Attached::addresses).unwrap_or_default();
+    let mut by_workload: BTreeMap<u32, Vec<FlowPair>> = BTreeMap::new();
+    for end in ends {
+        for source in addresses(end.source) {
+            for destination in addresses(end.destination) {
+                if source.is_ipv4() == destination.is_ipv4() {
+                    let pair = FlowPair { source, destination, port: end.port };
+                    by_workload.entry(end.source).or_default().push(pair);
+                    by_workload.entry(end.destination).or_default().push(pair);
+                }
+            }
+        }
+    }
+    let mut count = 0;
+    for (id, pairs) in by_workload {
+        let Some(workload) = attached.get(&id) else { continue };
+        count += datapath.destroy_flows(workload.netns.as_fd(), &pairs)?;
+    }
+    Ok(count)
 }
 
 /// Ends between which upstreams are declared and which policy denies now. Health, encryption and expiry move new

@@ -5,6 +5,7 @@
 //! instance whose workload is attached. What is missing goes through the worker: a missing entry never means "allow".
 
 mod apply;
+mod kernel_events;
 #[cfg(test)]
 mod tests;
 
@@ -15,7 +16,8 @@ use std::time::SystemTime;
 use culvert_control::{MeshInstance, MeshView};
 use culvert_types::{Encryption, HealthStatus, ServiceName, decide};
 
-pub use apply::PolicyEngine;
+pub use apply::{Attachment, PolicyEngine};
+pub use kernel_events::relay;
 
 /// A workload whose kernel programs are all in place.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -58,6 +60,17 @@ pub struct Route {
     pub instances: Vec<RouteInstance>,
     /// End of the first certificate to expire: the route is void from then on.
     pub expires: SystemTime,
+}
+
+/// Two services between which direct connections are let through.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Pair {
+    /// Who calls.
+    pub source: ServiceName,
+    /// Who is called.
+    pub destination: ServiceName,
+    /// The rule that allows it.
+    pub rule: String,
 }
 
 /// Where an application connects to: its workload and the loopback address.

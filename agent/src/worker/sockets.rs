@@ -75,7 +75,7 @@ impl Sockets {
             return Err(SocketRefused::Address { proxy: proxy.to_owned(), address });
         }
         let netns = entry.served.netns.clone();
-        let opened = in_netns(&netns, move |netns| workload::listen(netns, address)).await;
+        let opened = workload::listen(&netns, address).await;
         let opened = opened.map_err(|source| SocketRefused::Socket { what: format!("listen on {address}"), netns, source })?;
         let opened = Arc::new(opened);
         entry.listeners.insert(address, Arc::clone(&opened));
@@ -94,7 +94,7 @@ impl Sockets {
             return Err(SocketRefused::TooMany(count));
         }
         let netns = entry.served.netns.clone();
-        let made = in_netns(&netns, move |netns| workload::app_sockets(netns, family == Family::V6, count)).await;
+        let made = workload::app_sockets(&netns, family == Family::V6, count).await;
         made.map_err(|source| SocketRefused::Socket { what: format!("make {count} sockets"), netns, source })
     }
 }
@@ -110,13 +110,4 @@ impl Entry {
 fn same_listener(bind: SocketAddr, address: SocketAddr) -> bool {
     let default_v6 = bind.ip() == IpAddr::from([127, 0, 0, 1]) && address.ip() == IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]);
     bind == address || (default_v6 && bind.port() == address.port())
-}
-
-/// `setns` needs a thread of its own; the wait for it must not hold up the runtime.
-async fn in_netns<T: Send + 'static>(
-    netns: &std::path::Path,
-    make: impl FnOnce(&std::path::Path) -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    let netns = netns.to_owned();
-    tokio::task::spawn_blocking(move || make(&netns)).await.unwrap_or_else(|error| Err(io::Error::other(error)))
 }
