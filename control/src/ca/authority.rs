@@ -121,6 +121,20 @@ pub enum ConfigureError {
     /// A key that is known to Consul and not honoured here.
     #[error("Config.{0} is not supported: the built-in authority makes its own root")]
     Unsupported(&'static str),
+    /// `State` is the provider's to write.
+    #[error("State cannot be set: it belongs to the provider")]
+    State,
+    /// A key that no provider of ours knows.
+    #[error("Config.{0:?} is not a setting of the built-in authority")]
+    Unknown(String),
+    /// A value that cannot be read, or that is not honoured.
+    #[error("Config.{key}: {reason}")]
+    Value {
+        /// As sent.
+        key: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// A value out of its limits.
     #[error(transparent)]
     Settings(#[from] SettingsError),

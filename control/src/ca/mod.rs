@@ -21,6 +21,7 @@ mod root;
 mod rows;
 mod settings;
 mod view;
+mod wire;
 
 use std::time::Duration;
 
