@@ -262,7 +262,7 @@ impl Runner {
         });
         let stop = CancellationToken::new();
         let allocation = Allocation { id, record: record.clone(), node: Arc::clone(&self.node), view: publish };
-        let life = tokio::spawn(allocation.run(stop.clone()));
+        let life = self.node.runtime.spawn(allocation.run(stop.clone()));
         self.live.lock().insert(record.id, Live { view, stop, life });
         true
     }

@@ -14,6 +14,7 @@ use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use serde_json::Value;
 use tokio::net::TcpStream;
+use tokio::runtime::Handle;
 use tracing::warn;
 
 use super::records::{RecordError, Records};
@@ -60,6 +61,8 @@ pub enum RunError {
 
 /// The services of the node that allocations are built from.
 pub struct NodeServices {
+    /// Threads with the rights that allocations need; those of the HTTP server have none.
+    pub runtime: Handle,
     /// Namespaces, addresses, ports.
     pub network: Arc<Network>,
     /// Catalog.
@@ -111,12 +114,20 @@ struct Home {
 }
 
 /// Which service lives in which network namespace. Checks are dialled from inside.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct NetnsTable {
+    /// Entering a namespace needs rights that the threads of the checks do not have.
+    runtime: Handle,
     homes: Arc<Mutex<BTreeMap<String, Home>>>,
 }
 
 impl NetnsTable {
+    /// An empty table; dials on the threads of `runtime`.
+    #[must_use]
+    pub fn new(runtime: Handle) -> Self {
+        Self { runtime, homes: Arc::default() }
+    }
+
     pub(super) fn insert(&self, service_id: &str, netns: &Path, on_loopback: bool) {
         self.homes.lock().insert(service_id.to_owned(), Home { netns: netns.to_owned(), on_loopback });
     }
@@ -129,15 +140,13 @@ impl NetnsTable {
 impl CheckDialer for NetnsTable {
     fn dial(&self, service_id: &str, address: SocketAddr) -> BoxFuture<'static, io::Result<TcpStream>> {
         let home = self.homes.lock().get(service_id).cloned();
+        let runtime = self.runtime.clone();
         async move {
-            match home {
-                None => TcpStream::connect(address).await,
-                Some(Home { netns, on_loopback: false }) => workload::dial(&netns, address).await,
-                Some(Home { netns, on_loopback: true }) => {
-                    let inside = SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, address.port()));
-                    workload::dial(&netns, inside).await
-                }
-            }
+            let Some(Home { netns, on_loopback }) = home else { return TcpStream::connect(address).await };
+            let inside = SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, address.port()));
+            let address = if on_loopback { inside } else { address };
+            let dialled = runtime.spawn(async move { workload::dial(&netns, address).await });
+            dialled.await.unwrap_or_else(|error| Err(io::Error::other(error)))
         }
         .boxed()
     }

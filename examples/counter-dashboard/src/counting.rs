@@ -14,6 +14,8 @@ use tokio::time::{sleep, timeout};
 
 /// How often the count moves while connected.
 const ASK_EVERY: Duration = Duration::from_millis(250);
+/// How long one connection is used: a new path or a new instance shows within seconds.
+const RENEW_AFTER: Duration = Duration::from_secs(2);
 /// How long to wait before dialling again.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// How long one dial or one answer may take.
@@ -90,8 +92,8 @@ async fn ask_repeatedly(
     sender: &mut SendRequest<Empty<Bytes>>,
     publish: &watch::Sender<State>,
 ) -> anyhow::Result<()> {
-    let mut first = true;
-    loop {
+    let (opened, mut first) = (Instant::now(), true);
+    while opened.elapsed() < RENEW_AFTER {
         let started = Instant::now();
         let (count, hostname) = timeout(PATIENCE, ask(target, sender)).await.context("no answer in time")??;
         publish.send_modify(|state| {
@@ -102,6 +104,7 @@ async fn ask_repeatedly(
         first = false;
         sleep(ASK_EVERY).await;
     }
+    Ok(())
 }
 
 async fn ask(target: &Target, sender: &mut SendRequest<Empty<Bytes>>) -> anyhow::Result<(u64, String)> {

@@ -1,8 +1,8 @@
 //! The dashboard of the countdash example: a page that shows the live count, who counted, and whether the connection holds.
 //!
 //! Settings come from the environment: `PORT` (default 9002), `HOST` (default 0.0.0.0: the page is published),
-//! `COUNTING_SERVICE_URL` (default `http://127.0.0.1:8080`). One connection to the counting service is kept open and
-//! re-opened by itself; every viewer sees the same state by server-sent events. It knows nothing of TLS or of culvert.
+//! `COUNTING_SERVICE_URL` (default `http://127.0.0.1:8080`). One connection to the counting service is open at a time,
+//! renewed every two seconds and after every failure; every viewer sees the same state by server-sent events. It knows nothing of TLS or of culvert.
 
 #![forbid(unsafe_code)]
 

@@ -1,0 +1,395 @@
+//! The agent as a whole: what is started in which order, what it reacts to, how it ends.
+//!
+//! Two runtimes: threads of `control` serve the network (HTTP, xDS) and have dropped every capability; the others own
+//! namespaces, kernel programs and processes, and have no network listener.
+
+use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, bail};
+use culvert_control::{CONSUL_VERSION, Control, ControlConfig, HttpLimits, Reloadable};
+use culvert_jobspec::NodeContext;
+use culvert_types::ConnectionEvent;
+use tokio::net::UnixStream;
+use tokio::runtime::{Handle, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{OnceCell, mpsc, oneshot};
+use tracing::{error, info, warn};
+
+use crate::config::AgentSettings;
+use crate::datapath::{Datapath, DatapathConfig, unified_root};
+use crate::events::EventHub;
+use crate::policy::{self, PolicyEngine};
+use crate::report::chain;
+use crate::routes::{self, Ask, NodeState, RouteState};
+use crate::runner::{NetnsTable, NodeServices, Records, Runner};
+use crate::worker::{self, Surroundings, WorkerHandle, WorkerSettings};
+use crate::workload::{AllocId, Network, NetworkSettings, NodeFile};
+use crate::{lock, metrics};
+
+/// Threads that serve HTTP and xDS.
+const CONTROL_THREADS: usize = 2;
+/// How long connections may go on when the agent leaves.
+const LEAVE_DRAIN: Duration = Duration::from_secs(2);
+/// Requests of operators that may wait.
+const ASK_QUEUE: usize = 8;
+
+/// Reads the settings again, for reload.
+pub type SettingsSource = Box<dyn Fn() -> anyhow::Result<AgentSettings> + Send>;
+
+type Asks = mpsc::Receiver<(Ask, oneshot::Sender<Result<(), String>>)>;
+
+/// Runs the agent until it is told to end.
+///
+/// # Errors
+/// What keeps it from starting: another agent, missing rights, a taken port, unreadable state.
+pub fn run(settings: AgentSettings, again: SettingsSource) -> anyhow::Result<()> {
+    require_root()?;
+    let data_dir = settings.data_dir();
+    make_private(&data_dir)?;
+    lock::take(&data_dir, now())?;
+    let node_file = NodeFile::load_or_create(&data_dir)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("node").enable_all().build()?;
+    let control_runtime = unprivileged_runtime()?;
+    let result = runtime.block_on(serve(settings, again, node_file, &control_runtime));
+    control_runtime.shutdown_timeout(Duration::from_secs(2));
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    result
+}
+
+fn require_root() -> anyhow::Result<()> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    bail!(
+        "culvert agent needs root: it makes network namespaces, loads eBPF programs and starts tasks; run it with sudo, or as the \
+         privileged daemon of your init system"
+    )
+}
+
+/// A runtime whose threads have no capability: what parses bytes of users and proxies needs none.
+fn unprivileged_runtime() -> anyhow::Result<Runtime> {
+    let drop_capabilities = || {
+        for set in [caps::CapSet::Effective, caps::CapSet::Permitted, caps::CapSet::Inheritable] {
+            if let Err(error) = caps::clear(None, set) {
+                // Serving with capabilities would be worse than not serving.
+                error!(%error, "a thread cannot drop its capabilities");
+                std::process::abort();
+            }
+        }
+    };
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(CONTROL_THREADS).thread_name("control").on_thread_start(drop_capabilities).enable_all();
+    builder.build().context("start the threads of the control plane")
+}
+
+fn make_private(data_dir: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    // Tasks find their own directories below: others may pass through, not look.
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o711).create(data_dir);
+    made.with_context(|| format!("create the data directory {}", data_dir.display()))
+}
+
+async fn serve(
+    settings: AgentSettings,
+    again: SettingsSource,
+    node_file: NodeFile,
+    control_runtime: &Runtime,
+) -> anyhow::Result<()> {
+    let data_dir = settings.data_dir();
+    let node_name = settings.node_name.clone().map_or_else(host_name, Ok)?;
+    let advertise = advertise(&settings)?;
+    let hub = EventHub::new();
+    let (asks, asked) = mpsc::channel(ASK_QUEUE);
+    let routes_state = Arc::new(RouteState {
+        hub: Arc::clone(&hub),
+        asks,
+        data_dir: data_dir.clone(),
+        ebpf: OnceCell::new(),
+        node: OnceCell::new(),
+    });
+    let netns = NetnsTable::new(Handle::current());
+    let config = control_config(&settings, &node_name, &node_file, advertise, &data_dir);
+    let router = routes::router(Arc::clone(&routes_state));
+    let dialer = Arc::new(netns.clone());
+    let control = on(control_runtime.handle(), Control::start(config, dialer, router)).await?.context("control plane")?;
+    let control = Arc::new(control);
+    info!(http = ?control.http_addrs(), node = node_name, "culvert agent serves");
+
+    let network = NetworkSettings {
+        data_dir: data_dir.clone(),
+        cgroup_parent: settings.cgroup_parent.clone(),
+        ..NetworkSettings::default()
+    };
+    let network = Arc::new(Network::open(network).await.context("workload network")?);
+    network.warnings().iter().for_each(|warning| warn!("{warning}"));
+    let (datapath, kernel_events) = load_datapath(&settings, &routes_state);
+    let policy = PolicyEngine::new(datapath, control.mesh());
+    tokio::spawn(Arc::clone(&policy).run());
+    if let Some(events) = kernel_events {
+        tokio::spawn(policy::relay(events, Arc::clone(&policy), control.mesh(), Arc::clone(&hub)));
+    }
+
+    let surroundings = Arc::new(NodeSurroundings {
+        control: Arc::clone(&control),
+        control_runtime: control_runtime.handle().clone(),
+        runtime: Handle::current(),
+        policy: Arc::clone(&policy),
+        hub: Arc::clone(&hub),
+    });
+    let worker_settings =
+        WorkerSettings { data_dir: data_dir.clone(), node: node_name.clone(), log: settings.log_level.clone() };
+    let (supervisor, worker) = worker::supervisor(worker_settings, surroundings);
+    tokio::spawn(supervisor.run());
+    metrics::register(&hub, &worker, &control);
+
+    let records = Records::open(&data_dir)?;
+    reconcile(&records, &network, &policy).await?;
+    let node = Arc::new(NodeServices {
+        runtime: Handle::current(),
+        network: Arc::clone(&network),
+        control: Arc::clone(&control),
+        worker: worker.clone(),
+        policy: Arc::clone(&policy),
+        records,
+        netns,
+        context: node_context(&settings, &node_name, &node_file),
+        advertise,
+        data_dir,
+        cgroup_parent: settings.cgroup_parent.clone(),
+    });
+    let runner = Runner::start(node);
+    let state = NodeState {
+        runner: Arc::clone(&runner),
+        policy: Arc::clone(&policy),
+        worker: worker.clone(),
+        mesh: control.mesh(),
+    };
+    drop(routes_state.node.set(state));
+    let agent = Agent { settings, again, control, runner, policy, worker, network };
+    agent.attend(asked, control_runtime).await
+}
+
+/// Runs `work` on another runtime's threads.
+async fn on<T: Send + 'static>(runtime: &Handle, work: impl Future<Output = T> + Send + 'static) -> anyhow::Result<T> {
+    runtime.spawn(work).await.context("a part of the agent ended in a panic")
+}
+
+fn control_config(
+    settings: &AgentSettings,
+    node_name: &str,
+    node_file: &NodeFile,
+    advertise: IpAddr,
+    data_dir: &Path,
+) -> ControlConfig {
+    ControlConfig {
+        node_name: node_name.to_owned(),
+        node_id: node_file.node_id.clone(),
+        datacenter: settings.datacenter.clone(),
+        data_dir: (!settings.dev).then(|| data_dir.to_owned()),
+        http: vec![SocketAddr::new(settings.client_addr, settings.http_port)],
+        grpc: settings.grpc_port.map(|port| SocketAddr::new(settings.client_addr, port)),
+        advertise,
+        settings: reloadable(settings),
+        leaf_ttl: settings.leaf_ttl,
+        sidecar_ports: settings.sidecar_ports.clone(),
+        version: CONSUL_VERSION,
+        dev: settings.dev,
+        limits: HttpLimits::default(),
+    }
+}
+
+fn reloadable(settings: &AgentSettings) -> Reloadable {
+    Reloadable { default_policy: settings.default_policy(), encryption: settings.encryption }
+}
+
+fn load_datapath(
+    settings: &AgentSettings,
+    state: &RouteState,
+) -> (Option<Datapath>, Option<mpsc::Receiver<crate::datapath::KernelEvent>>) {
+    let loaded = if settings.ebpf {
+        unified_root().map_err(|error| format!("cgroup2: {error}")).and_then(|root| {
+            let config = DatapathConfig::new(settings.bpf_dir.clone(), root.join(&settings.cgroup_parent));
+            Datapath::load(&config).map_err(|error| chain(&error))
+        })
+    } else {
+        Err("turned off by configuration".to_owned())
+    };
+    match loaded {
+        Ok((datapath, events)) => {
+            drop(state.ebpf.set(None));
+            (Some(datapath), Some(events))
+        }
+        Err(reason) => {
+            warn!(reason, "no eBPF: every mesh connection takes the proxied path");
+            drop(state.ebpf.set(Some(reason)));
+            (None, None)
+        }
+    }
+}
+
+/// Removes what carries our names and belongs to no record.
+async fn reconcile(records: &Records, network: &Network, policy: &PolicyEngine) -> anyhow::Result<()> {
+    let allocations = records.allocations();
+    let live: Vec<AllocId> = allocations.iter().filter_map(|record| AllocId::new(&record.id).ok()).collect();
+    let removed = network.reconcile(&live).await.context("remove what an earlier agent left")?;
+    if !removed.is_empty() {
+        info!(?removed, "removed what an earlier agent left");
+    }
+    policy.retain(&allocations.iter().map(|record| record.workload).collect::<Vec<_>>()).await;
+    Ok(())
+}
+
+fn node_context(settings: &AgentSettings, node_name: &str, node_file: &NodeFile) -> NodeContext {
+    let attributes = [
+        ("kernel.name", "linux".to_owned()),
+        ("cpu.arch", std::env::consts::ARCH.to_owned()),
+        ("unique.hostname", node_name.to_owned()),
+        ("culvert.version", env!("CARGO_PKG_VERSION").to_owned()),
+    ];
+    NodeContext {
+        id: node_file.node_id.clone(),
+        name: node_name.to_owned(),
+        datacenter: settings.datacenter.to_string(),
+        attributes: attributes.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
+        meta: std::collections::BTreeMap::new(),
+    }
+}
+
+fn host_name() -> anyhow::Result<String> {
+    let name = nix::unistd::gethostname().context("read the host's name")?;
+    name.into_string().map_err(|_| anyhow::anyhow!("the host's name is not text; set node_name"))
+}
+
+/// Where other nodes reach this one.
+fn advertise(settings: &AgentSettings) -> anyhow::Result<IpAddr> {
+    match settings.advertise {
+        Some(address) => Ok(address),
+        None if settings.dev => Ok(Ipv4Addr::LOCALHOST.into()),
+        None => bail!("set advertise_addr: the address at which other nodes reach this one (or use -dev)"),
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// The worker's way to the rest of the agent.
+struct NodeSurroundings {
+    control: Arc<Control>,
+    control_runtime: Handle,
+    runtime: Handle,
+    policy: Arc<PolicyEngine>,
+    hub: Arc<EventHub>,
+}
+
+impl Surroundings for NodeSurroundings {
+    fn connect_xds(&self, stream: UnixStream) {
+        let _on_threads_without_capabilities = self.control_runtime.enter();
+        self.control.serve_xds(stream);
+    }
+
+    fn inbound_listener(&self, proxy: &str, port: u16, listener: BorrowedFd<'_>) {
+        let listener: OwnedFd = match listener.as_fd().try_clone_to_owned() {
+            Ok(listener) => listener,
+            Err(error) => return warn!(%error, proxy, "a listener cannot be steered to"),
+        };
+        let (policy, proxy) = (Arc::clone(&self.policy), proxy.to_owned());
+        self.runtime.spawn(async move { policy.listener_opened(&proxy, port, listener).await });
+    }
+
+    fn event(&self, service: &str, event: ConnectionEvent) {
+        self.hub.publish(service, event);
+    }
+
+    fn events_lost(&self, count: u64) {
+        self.hub.lost(count);
+    }
+}
+
+/// Everything that runs.
+struct Agent {
+    settings: AgentSettings,
+    again: SettingsSource,
+    control: Arc<Control>,
+    runner: Arc<Runner>,
+    policy: Arc<PolicyEngine>,
+    worker: WorkerHandle,
+    network: Arc<Network>,
+}
+
+impl Agent {
+    /// Serves signals and operators until the end.
+    async fn attend(mut self, mut asked: Asks, control_runtime: &Runtime) -> anyhow::Result<()> {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut hang_up = signal(SignalKind::hangup())?;
+        loop {
+            tokio::select! {
+                _ = interrupt.recv() => break,
+                _ = terminate.recv() => break,
+                _ = hang_up.recv() => {
+                    if let Err(error) = self.reload().await {
+                        error!(error, "the configuration is not reloaded; the one in force stays");
+                    }
+                }
+                ask = asked.recv() => match ask {
+                    Some((Ask::Reload, done)) => drop(done.send(self.reload().await)),
+                    Some((Ask::Leave, done)) => {
+                        self.leave().await;
+                        drop(done.send(Ok(())));
+                        // The answer leaves before the server does.
+                        tokio::time::sleep(Duration::from_millis(200)).await;
+                        return self.end(control_runtime).await;
+                    }
+                    None => break,
+                },
+            }
+        }
+        if self.settings.dev {
+            // A dev agent keeps its state in memory: what it ran would be nobody's.
+            self.leave().await;
+        } else {
+            info!("ending; workloads, worker and kernel programs go on, the next start takes them over");
+        }
+        self.end(control_runtime).await
+    }
+
+    /// Reads the configuration again and applies what may change: `encryption` and `default_intention_policy`.
+    async fn reload(&mut self) -> Result<(), String> {
+        let settings = (self.again)().map_err(|error| format!("{error:#}"))?;
+        let changeable = AgentSettings {
+            encryption: settings.encryption,
+            default_policy: settings.default_policy,
+            ..self.settings.clone()
+        };
+        if changeable != settings {
+            warn!("some changed settings need a restart; only encryption and default_intention_policy are applied");
+        }
+        self.settings = changeable;
+        self.control.reload(reloadable(&self.settings)).await;
+        info!(encryption = %self.settings.encryption, default_policy = %self.settings.default_policy(), "configuration reloaded");
+        Ok(())
+    }
+
+    /// Stops everything and removes everything that carries our names.
+    async fn leave(&self) {
+        info!("leaving: stopping every job and removing everything");
+        self.runner.stop_all().await;
+        self.worker.shutdown(LEAVE_DRAIN).await;
+        self.policy.remove_all().await;
+        if let Err(error) = self.network.close_all().await {
+            error!(error = chain(&error), "the host is not as it was found");
+        }
+    }
+
+    async fn end(self, control_runtime: &Runtime) -> anyhow::Result<()> {
+        let control = self.control;
+        on(control_runtime.handle(), async move { control.shutdown().await }).await
+    }
+}
+

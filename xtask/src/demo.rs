@@ -1,0 +1,92 @@
+//! `cargo xtask demo`: the main job on this node, and the proof of what it claims.
+
+mod agent;
+mod check;
+mod sniff;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+
+use crate::command::{self, cargo, root};
+use crate::setup::{IP, NFT, Setup, is_root};
+use agent::Demo;
+
+/// Where the dashboard is published.
+const DASHBOARD: &str = "127.0.0.1:9002";
+/// How long the main job may take until the first count.
+const FIRST_COUNT: Duration = Duration::from_secs(90);
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Unattended: prove each claim, then remove everything.
+    #[arg(long)]
+    check: bool,
+    /// Build with optimisation.
+    #[arg(long)]
+    release: bool,
+}
+
+pub(crate) fn run(setup: &Setup, options: &Options) -> anyhow::Result<()> {
+    if !is_root() {
+        bail!(
+            "the demo makes network namespaces, a bridge, cgroups, nftables rules and eBPF programs, which needs root: \
+             sudo -E cargo xtask demo"
+        );
+    }
+    setup.programs(&[&IP, &NFT])?;
+    let bin = build(options.release)?;
+    let demo = Demo::start(&bin)?;
+    let result = demo.run_job(&bin, &root().join("examples/countdash.nomad.hcl")).and_then(|()| {
+        let count = demo.wait_connected(FIRST_COUNT)?;
+        println!("\nthe dashboard counts: {count}");
+        if options.check { check::prove(&demo) } else { explain(&demo).and_then(|()| demo.wait_for_interrupt()) }
+    });
+    let left = demo.leave();
+    result?;
+    left?;
+    if options.check {
+        check::nothing_left()?;
+        println!("\ndemo: every claim holds");
+    }
+    Ok(())
+}
+
+fn build(release: bool) -> anyhow::Result<PathBuf> {
+    let mut build = cargo();
+    build.args(["build", "--quiet", "-p", "culvert-agent", "-p", "counter-api", "-p", "counter-dashboard"]);
+    if release {
+        build.arg("--release");
+    }
+    command::run(&mut build)?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let bin = target.join(if release { "release" } else { "debug" });
+    bin.canonicalize().with_context(|| format!("{}", bin.display()))
+}
+
+fn explain(demo: &Demo) -> anyhow::Result<()> {
+    println!("{}", demo.culvert(&["job", "status", "countdash"])?);
+    println!("{}", demo.culvert(&["status"])?);
+    let culvert = demo.binary().display();
+    println!("open http://{DASHBOARD} and try, in another terminal:");
+    println!("  {culvert} observe");
+    println!("  {culvert} intention create -deny count-dashboard count-api      # the dashboard disconnects");
+    println!("  {culvert} intention create -replace -allow count-dashboard count-api   # and recovers");
+    println!(
+        "  echo 'encryption = \"between-nodes\"' > {} && {culvert} reload   # direct path, lower round trip",
+        demo.settings().display()
+    );
+    println!("  {culvert} job status countdash");
+    println!("Ctrl-C ends the demo and removes everything.");
+    Ok(())
+}
+
+/// Does any of `names` exist below `folder`?
+fn entries(folder: &Path, prefix: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries
+        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix)))
+        .collect()
+}
