@@ -5,7 +5,11 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use axum::Router;
 use culvert_types::{Action, Datacenter, Encryption};
+
+use crate::ca::{CaSettings, Clock};
+use crate::xds::XdsLimits;
 
 /// Sidecar ports, as Consul's `ports.sidecar_min_port` and `sidecar_max_port`.
 pub const SIDECAR_PORTS: RangeInclusive<u16> = 21000..=21255;
@@ -23,6 +27,8 @@ pub struct ControlConfig {
     pub data_dir: Option<PathBuf>,
     /// Where the HTTP API listens; port 0 picks a free one.
     pub http: Vec<SocketAddr>,
+    /// Where the xDS server listens for proxies that dial it; `None`: only for those handed to [`crate::Control::serve_xds`].
+    pub grpc: Option<SocketAddr>,
     /// Where other nodes and clients reach this one.
     pub advertise: IpAddr,
     /// What may be changed while running.
@@ -33,8 +39,16 @@ pub struct ControlConfig {
     pub version: &'static str,
     /// Indent every JSON answer, as an agent in `-dev` mode does.
     pub dev: bool,
+    /// How a new certificate authority is made.
+    pub ca: CaSettings,
+    /// What the certificate authority takes for the time.
+    pub clock: Clock,
     /// Limits of the HTTP API.
     pub limits: HttpLimits,
+    /// Limits of the xDS server.
+    pub xds_limits: XdsLimits,
+    /// The agent's own endpoints (`/v1/culvert/…`, metrics, reload, leave), served beside those of the control plane.
+    pub routes: Router,
 }
 
 /// What [`crate::Control::reload`] may change.
@@ -93,12 +107,17 @@ impl ControlConfig {
             datacenter,
             data_dir: None,
             http: vec![SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0)],
+            grpc: Some(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0)),
             advertise: Ipv4Addr::LOCALHOST.into(),
             settings: Reloadable { default_policy: Action::Allow, encryption: Encryption::Always },
             sidecar_ports: Some(SIDECAR_PORTS),
             version: CONSUL_VERSION,
             dev: true,
+            ca: CaSettings::default(),
+            clock: Clock::system(),
             limits: HttpLimits::default(),
+            xds_limits: XdsLimits::default(),
+            routes: Router::new(),
         }
     }
 }

@@ -7,11 +7,32 @@
 #![forbid(unsafe_code)]
 
 pub mod ca;
+pub mod catalog;
+pub mod checks;
 mod config;
+mod control;
+mod http;
+pub mod intentions;
 mod mesh;
+mod metrics;
 pub mod state;
 pub mod store;
 pub mod xds;
 
+/// Parsers of outside text, for fuzz targets.
+#[doc(hidden)]
+pub mod fuzz {
+    /// `?filter=` of the HTTP API: any text must be refused or judged, never panic.
+    pub fn filter(text: &str) {
+        crate::http::fuzz_filter(text);
+    }
+}
+
+pub use catalog::{RegisterError, Registered, UnknownService};
+pub use checks::{CheckDialer, NodeDialer};
 pub use config::{CONSUL_VERSION, ControlConfig, HttpLimits, Reloadable, SIDECAR_PORTS};
+pub use control::{Control, StartError};
+pub use http::BindError;
 pub use mesh::{MeshContext, MeshInstance, MeshUpstream, MeshView};
+pub use metrics::Metrics;
+pub use xds::XdsPeer;

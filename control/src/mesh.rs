@@ -1,15 +1,21 @@
 //! What the node's policy compiler needs to know of the mesh, rebuilt at each revision.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use culvert_types::{Action, Datacenter, Encryption, HealthStatus, Intention, ServiceName, TrustDomain};
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
+use crate::ca::{LeafWatch, Leaves};
+use crate::catalog::Place;
 use crate::config::Reloadable;
-use crate::state::State;
-use crate::state::rows::{Proxy, Service};
+use crate::state::rows::{Proxy, Service, Upstream};
+use crate::state::{Ledger, State};
 use crate::store::Revision;
 
 /// The mesh at one revision.
@@ -107,9 +113,8 @@ fn instance(state: &State, sidecar: &Service, proxy: &Proxy, context: &MeshConte
         warn!(sidecar = sidecar.id, "left out of the mesh: its destination is not a service name");
         return None;
     };
-    let upstream = |upstream: &crate::state::rows::Upstream| {
-        Some(MeshUpstream { destination: upstream.destination()?, bind: upstream.bind()? })
-    };
+    let upstream =
+        |upstream: &Upstream| Some(MeshUpstream { destination: upstream.destination()?, bind: upstream.bind()? });
     Some(MeshInstance {
         service_id: proxy.destination_service_id.clone(),
         sidecar_id: sidecar.id.clone(),
@@ -123,4 +128,118 @@ fn instance(state: &State, sidecar: &Service, proxy: &Proxy, context: &MeshConte
         certificate_not_after: (context.certificate)(&service),
         service,
     })
+}
+
+/// Computes the view anew whenever the state, a setting or a certificate changes.
+pub(crate) struct MeshPublisher {
+    ledger: Ledger,
+    leaves: Leaves,
+    settings: watch::Receiver<Reloadable>,
+    place: Arc<Place>,
+    publish: watch::Sender<Arc<MeshView>>,
+    kept: BTreeMap<ServiceName, KeptLeaf>,
+    /// Rung by every new leaf.
+    leaf: Arc<Notify>,
+}
+
+/// A leaf that is kept because a sidecar of this node needs it.
+struct KeptLeaf {
+    watch: LeafWatch,
+    _bell: AbortOnDropHandle<()>,
+}
+
+impl MeshPublisher {
+    pub(crate) fn new(
+        ledger: &Ledger,
+        leaves: &Leaves,
+        settings: watch::Receiver<Reloadable>,
+        place: &Arc<Place>,
+    ) -> Self {
+        let context = MeshContext {
+            trust_domain: leaves.authority().trust_domain(),
+            datacenter: &place.datacenter,
+            node: &place.node,
+            settings: *settings.borrow(),
+            certificate: &|_| None,
+        };
+        let view = MeshView::new(&ledger.state(), &context);
+        Self {
+            ledger: ledger.clone(),
+            leaves: leaves.clone(),
+            settings,
+            place: Arc::clone(place),
+            publish: watch::Sender::new(Arc::new(view)),
+            kept: BTreeMap::new(),
+            leaf: Arc::default(),
+        }
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<MeshView>> {
+        self.publish.subscribe()
+    }
+
+    /// Publishes until `stop`.
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
+        let mut states = self.ledger.watch();
+        loop {
+            let state = Arc::clone(&states.borrow_and_update());
+            let settings = *self.settings.borrow_and_update();
+            self.keep_leaves(&state);
+            self.publish(&state, settings);
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = states.changed() => if changed.is_err() { return },
+                changed = self.settings.changed() => if changed.is_err() { return },
+                () = self.leaf.notified() => {}
+            }
+        }
+    }
+
+    fn publish(&self, state: &State, settings: Reloadable) {
+        let certificate =
+            |service: &ServiceName| Some(self.kept.get(service)?.watch.latest()?.certificate.valid_before);
+        let context = MeshContext {
+            trust_domain: self.leaves.authority().trust_domain(),
+            datacenter: &self.place.datacenter,
+            node: &self.place.node,
+            settings,
+            certificate: &certificate,
+        };
+        let view = MeshView::new(state, &context);
+        self.publish.send_if_modified(|current| {
+            let changed = **current != view;
+            if changed {
+                *current = Arc::new(view);
+            }
+            changed
+        });
+    }
+
+    /// Keeps a leaf for each service that a sidecar of this node represents, whether a proxy asks for it or not: the direct
+    /// path needs a valid certificate too.
+    fn keep_leaves(&mut self, state: &State) {
+        let own = state.services_of(&self.place.node).filter_map(|sidecar| sidecar.proxy.as_ref()?.destination());
+        let wanted: BTreeSet<ServiceName> = own.collect();
+        self.kept.retain(|service, _| wanted.contains(service));
+        for service in wanted {
+            if self.kept.contains_key(&service) {
+                continue;
+            }
+            match self.leaves.watch(&service) {
+                Ok(watch) => {
+                    let bell = ring(watch.clone(), Arc::clone(&self.leaf));
+                    self.kept.insert(service, KeptLeaf { watch, _bell: bell });
+                }
+                Err(err) => warn!(%service, %err, "no certificate for a service of this node"),
+            }
+        }
+    }
+}
+
+fn ring(mut watch: LeafWatch, bell: Arc<Notify>) -> AbortOnDropHandle<()> {
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        while watch.changed().await.is_ok() {
+            bell.notify_one();
+        }
+    }))
 }

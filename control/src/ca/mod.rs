@@ -25,6 +25,7 @@ mod wire;
 
 use std::time::Duration;
 
+pub(crate) use self::authority::check_registered;
 pub use self::authority::{
     Authority, Configuration, ConfigurationUpdate, ConfigureError, OpenError, RotateError, SignError,
 };

@@ -15,7 +15,7 @@ use super::text;
 
 /// Key in `TaggedAddresses` under which the job runner tells where a sidecar listens inside the node (the workload's
 /// address on the bridge), for workers of the same node. Port 0 stands for the sidecar's own port.
-pub const WORKLOAD_ADDRESS: &str = "culvert_workload";
+pub const WORKLOAD_ADDRESS: &str = "culvert-workload";
 
 /// A node: key is its name.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -111,7 +111,7 @@ impl Default for Weights {
 }
 
 /// What makes a service instance a sidecar.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Proxy {
     /// Whom it represents: the identity of its certificate.
     pub destination_service_name: ServiceNameText,
@@ -133,6 +133,15 @@ pub struct Proxy {
     /// Whom the application calls.
     #[serde(default)]
     pub upstreams: Vec<Upstream>,
+    /// As sent (``, `direct`).
+    #[serde(default)]
+    pub mode: String,
+    /// As sent (``, `none`).
+    #[serde(default)]
+    pub mesh_gateway: String,
+    /// As sent (``, `strict`).
+    #[serde(default)]
+    pub mutual_tls_mode: String,
 }
 
 /// A service name in a row: text that was a valid [`ServiceName`] when it was written.
@@ -153,19 +162,31 @@ pub struct ProxySettings {
     /// `local_connect_timeout_ms`: connecting to the application.
     #[serde(default)]
     pub local_connect_timeout: Option<Duration>,
+    /// `connect_timeout_ms`, for upstreams that set none themselves.
+    #[serde(default)]
+    pub connect_timeout: Option<Duration>,
     /// `max_inbound_connections`.
     #[serde(default)]
     pub max_inbound_connections: Option<u32>,
 }
 
 /// A service that a sidecar makes reachable on a local address.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Upstream {
     /// The service.
     pub destination_name: ServiceNameText,
     /// As sent (``, `service`).
     #[serde(default)]
     pub destination_type: String,
+    /// As sent (``, `default`).
+    #[serde(default)]
+    pub destination_namespace: String,
+    /// As sent (``, `default`).
+    #[serde(default)]
+    pub destination_partition: String,
+    /// As sent (``, `none`).
+    #[serde(default)]
+    pub mesh_gateway: String,
     /// As sent.
     #[serde(default)]
     pub datacenter: String,
@@ -266,13 +287,13 @@ pub struct CheckDefinition {
     /// Longest run.
     #[serde(default)]
     pub timeout: Duration,
-    /// Successes in a row, after the first, before the check passes.
+    /// Successes in a row that make it pass; 0 and 1 mean the first.
     #[serde(default)]
     pub success_before_passing: u32,
-    /// Failures in a row, after the first, before the check warns.
+    /// Failures in a row that make it warn; 0: it does not warn first.
     #[serde(default)]
     pub failures_before_warning: u32,
-    /// Failures in a row, after the first, before the check is critical.
+    /// Failures in a row that make it critical; 0 and 1 mean the first.
     #[serde(default)]
     pub failures_before_critical: u32,
     /// Longest stored output, in bytes.

@@ -36,9 +36,7 @@ fn sidecar(id: &str, of: &str, of_id: &str) -> Service {
         destination_service_id: of_id.to_owned(),
         local_service_address: "127.0.0.1".to_owned(),
         local_service_port: 80,
-        config: serde_json::Map::new(),
-        settings: rows::ProxySettings::default(),
-        upstreams: Vec::new(),
+        ..Proxy::default()
     };
     Service { kind: ServiceKind::ConnectProxy, proxy: Some(proxy), ..service(id, &format!("{of}-sidecar-proxy")) }
 }

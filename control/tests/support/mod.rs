@@ -177,9 +177,9 @@ pub(crate) fn sidecar(of: &str, port: u16, application: u16, upstreams: Vec<Upst
         destination_service_id: of.to_owned(),
         local_service_address: "127.0.0.1".to_owned(),
         local_service_port: application,
-        config: serde_json::Map::new(),
         settings,
         upstreams,
+        ..Proxy::default()
     };
     Service { kind: ServiceKind::ConnectProxy, proxy: Some(proxy), ..service(&id, port) }
 }
@@ -187,13 +187,9 @@ pub(crate) fn sidecar(of: &str, port: u16, application: u16, upstreams: Vec<Upst
 pub(crate) fn upstream(destination: &str, address: &str, port: u16) -> Upstream {
     Upstream {
         destination_name: destination.to_owned(),
-        destination_type: String::new(),
-        datacenter: String::new(),
         local_bind_address: address.to_owned(),
         local_bind_port: port,
-        config: serde_json::Map::new(),
-        connect_timeout: None,
-        max_connections: None,
+        ..Upstream::default()
     }
 }
 

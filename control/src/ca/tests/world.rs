@@ -114,9 +114,7 @@ pub(super) fn sidecar(of: &str) -> Service {
         destination_service_id: of.to_owned(),
         local_service_address: "127.0.0.1".to_owned(),
         local_service_port: 9001,
-        config: serde_json::Map::new(),
-        settings: crate::state::rows::ProxySettings::default(),
-        upstreams: Vec::new(),
+        ..Proxy::default()
     };
     let name = format!("{of}-sidecar-proxy");
     Service { kind: ServiceKind::ConnectProxy, proxy: Some(proxy), ..instance(&name) }

@@ -1,0 +1,219 @@
+//! The listeners of the HTTP API: bounded connections, time-outs, drain.
+//!
+//! Bound by [`HttpServer::bind`], served by [`HttpServer::run`]. The timer of hyper is set on purpose: without it no header
+//! time-out works, and it counts between the requests of a kept-alive connection too.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use hyper::body::Incoming;
+use hyper::{Request, Response};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tower::ServiceExt as _;
+use tracing::{debug, warn};
+
+use crate::config::HttpLimits;
+use crate::metrics::Metrics;
+
+/// Longest request header, in bytes.
+const MAX_HEADER: usize = 64 << 10;
+/// Pause after a failed accept: running out of descriptors must not spin.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+/// Time to tell a client that it has too many connections.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// What it is told.
+const REFUSAL: &[u8] = b"HTTP/1.1 429 Too Many Requests\r\nContent-Type: text/plain; charset=utf-8\r\n\
+    Connection: close\r\nContent-Length: 48\r\n\r\nYour IP is issuing too many concurrent connections";
+
+/// Why the API could not listen.
+#[derive(Debug, thiserror::Error)]
+#[error("HTTP API: listen on {address}")]
+pub struct BindError {
+    /// Where.
+    pub address: SocketAddr,
+    /// Why.
+    #[source]
+    pub source: io::Error,
+}
+
+/// Bound listeners.
+pub(crate) struct HttpServer {
+    listeners: Vec<TcpListener>,
+    addresses: Vec<SocketAddr>,
+    limits: HttpLimits,
+    metrics: Metrics,
+}
+
+impl HttpServer {
+    pub(crate) async fn bind(
+        addresses: &[SocketAddr],
+        limits: HttpLimits,
+        metrics: Metrics,
+    ) -> Result<Self, BindError> {
+        let (mut listeners, mut bound) = (Vec::new(), Vec::new());
+        for &address in addresses {
+            let failed = |source| BindError { address, source };
+            let listener = TcpListener::bind(address).await.map_err(failed)?;
+            bound.push(listener.local_addr().map_err(failed)?);
+            listeners.push(listener);
+        }
+        Ok(Self { listeners, addresses: bound, limits, metrics })
+    }
+
+    /// Where it listens, with the ports that the system chose.
+    pub(crate) fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    /// Serves `router` until `drain`; then gives open requests the drain time, and ends.
+    pub(crate) async fn run(self, router: Router, drain: CancellationToken) {
+        let (connections, force) = (TaskTracker::new(), CancellationToken::new());
+        let shared = Arc::new(Shared {
+            router,
+            limits: self.limits,
+            metrics: self.metrics,
+            clients: Mutex::default(),
+            drain: drain.clone(),
+            force: force.clone(),
+            connections: connections.clone(),
+        });
+        let accepting = TaskTracker::new();
+        for listener in self.listeners {
+            accepting.spawn(Arc::clone(&shared).accept(listener));
+        }
+        accepting.close();
+        accepting.wait().await;
+        connections.close();
+        if tokio::time::timeout(self.limits.drain_timeout, connections.wait()).await.is_err() {
+            warn!(open = connections.len(), "HTTP API: drain time passed, closing connections");
+            force.cancel();
+            connections.wait().await;
+        }
+    }
+}
+
+struct Shared {
+    router: Router,
+    limits: HttpLimits,
+    metrics: Metrics,
+    /// Open connections by client.
+    clients: Mutex<HashMap<IpAddr, usize>>,
+    drain: CancellationToken,
+    force: CancellationToken,
+    connections: TaskTracker,
+}
+
+impl Shared {
+    async fn accept(self: Arc<Self>, listener: TcpListener) {
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = self.drain.cancelled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            let (stream, peer) = match accepted {
+                Ok(accepted) => accepted,
+                Err(err) => {
+                    warn!(%err, "HTTP API: accept failed");
+                    tokio::time::sleep(ACCEPT_BACKOFF).await;
+                    continue;
+                }
+            };
+            match Place::take(&self, peer.ip()) {
+                Some(place) => self.connections.spawn(Arc::clone(&self).serve(stream, peer, place)),
+                None => {
+                    self.metrics.connection_refused();
+                    debug!(%peer, "HTTP API: too many connections");
+                    self.connections.spawn(refuse(stream))
+                }
+            };
+        }
+    }
+
+    async fn serve(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, _place: Place) {
+        let _counted = self.metrics.connection();
+        // Small answers must not wait for an acknowledgement.
+        if let Err(err) = stream.set_nodelay(true) {
+            debug!(%peer, %err, "HTTP API: TCP_NODELAY not set");
+        }
+        let router = self.router.clone();
+        let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+            let router = router.clone();
+            async move {
+                let response: Result<Response<Body>, Infallible> = router.oneshot(request.map(Body::new)).await;
+                response
+            }
+        });
+        let connection = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(self.limits.header_timeout)
+            .max_buf_size(MAX_HEADER)
+            .serve_connection(TokioIo::new(stream), service);
+        let mut connection = std::pin::pin!(connection);
+        let served = self.force.run_until_cancelled(async {
+            tokio::select! {
+                biased;
+                served = connection.as_mut() => served,
+                () = self.drain.cancelled() => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            }
+        });
+        if let Some(Err(err)) = served.await {
+            debug!(%peer, %err, "HTTP API: connection ended");
+        }
+    }
+}
+
+async fn refuse(mut stream: TcpStream) {
+    // Best effort: a client that does not read is closed all the same.
+    if let Ok(Err(err)) = tokio::time::timeout(REFUSAL_TIMEOUT, stream.write_all(REFUSAL)).await {
+        debug!(%err, "HTTP API: refusal not sent");
+    }
+}
+
+/// One connection of one client, counted until dropped.
+struct Place {
+    shared: Arc<Shared>,
+    client: IpAddr,
+}
+
+impl Place {
+    fn take(shared: &Arc<Shared>, client: IpAddr) -> Option<Self> {
+        let mut clients = shared.clients.lock();
+        let all: usize = clients.values().sum();
+        if all >= shared.limits.max_connections {
+            return None;
+        }
+        let open = clients.entry(client).or_default();
+        if *open >= shared.limits.max_connections_per_client {
+            return None;
+        }
+        *open += 1;
+        Some(Self { shared: Arc::clone(shared), client })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut clients = self.shared.clients.lock();
+        if let Some(open) = clients.get_mut(&self.client) {
+            *open -= 1;
+            if *open == 0 {
+                clients.remove(&self.client);
+            }
+        }
+    }
+}
