@@ -12,19 +12,36 @@ use std::ops::Range;
 /// Longest job file in bytes.
 pub const MAX_SOURCE: usize = 1024 * 1024;
 
+/// Most `=` and `:` in a job file: the parser compares each key of an object with all others.
+const MAX_ASSIGNMENTS: usize = 10_000;
+
+/// Stack of the thread that parses. The parser stops at 64 nested expressions and 128 chained operators, which take up to
+/// 4 MiB in a build without optimisation: more than the threads of an async runtime have left.
+const STACK: usize = 16 * 1024 * 1024;
+
 /// Reads a job file. `file` is how errors call it; `variables` are the values given with `-var`.
 ///
 /// # Errors
 /// Everything that is wrong with the file, each with its place: syntax, unknown and unsupported words, wrong types,
 /// and what Nomad's own validation refuses.
 pub fn parse(source: &str, file: &str, variables: &BTreeMap<String, String>) -> Result<Job, Diagnostics> {
-    let session = Session::new(source, file);
-    let job = read(&session, variables);
-    let failed = session.into_diagnostics();
-    match job {
-        Some(job) if failed.is_empty() => Ok(job),
-        _ => Err(failed),
-    }
+    let parse = || {
+        let session = Session::new(source, file);
+        let job = read(&session, variables);
+        let failed = session.into_diagnostics();
+        match job {
+            Some(job) if failed.is_empty() => Ok(job),
+            _ => Err(failed),
+        }
+    };
+    std::thread::scope(|scope| match std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, parse) {
+        Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+        Err(error) => Err(Diagnostics::single(Diagnostic {
+            message: format!("no thread could be started to read {file}: {error}"),
+            location: None,
+            hint: None,
+        })),
+    })
 }
 
 /// Whether this node can run `job` at all: refuses the drivers that culvert parses but has not, by name.
@@ -129,6 +146,11 @@ fn read(session: &Session, given: &BTreeMap<String, String>) -> Option<Job> {
         session.report(Problem::new(None, format!("the job file has {size} bytes; at most {MAX_SOURCE} are read")));
         return None;
     }
+    let assignments = session.source.bytes().filter(|byte| matches!(byte, b'=' | b':')).count();
+    if assignments > MAX_ASSIGNMENTS {
+        session.report(Problem::new(None, format!("the job file sets more than {MAX_ASSIGNMENTS} values")));
+        return None;
+    }
     let body = parse_body(session)?;
     let top = top_level(session, &body);
     let budget = Budget::default();
@@ -167,6 +189,9 @@ fn parse_body(session: &Session) -> Option<Body> {
             let mut problem = Problem::new(Some(at..at + 1), error.message().to_owned());
             if session.source.trim_start().starts_with('{') {
                 problem = problem.hint("JSON job files are not supported by culvert yet: write the job in HCL");
+            } else if error.message().contains("block body") && error.line().trim_end().ends_with('{') {
+                problem =
+                    problem.hint("the block that opens on this line is not closed, or something in it is not HCL");
             } else if error.line().contains('{') && error.line().contains('}') {
                 problem = problem.hint("a block on one line holds at most one argument and no block: break the line");
             }

@@ -1,6 +1,6 @@
 //! `job`, `group` and `network`.
 
-use super::reader::{At, EMPTY, Reader, Schema, label};
+use super::reader::{At, EMPTY, Reader, Schema, header, label};
 use super::service::decode_service;
 use super::task::{decode_restart, decode_task};
 use crate::hcl::Scope;
@@ -180,11 +180,10 @@ fn decode_group(reader: &Reader<'_>, job: &Job, name: String) -> Group {
 /// The only network of a group; Nomad's words where a connect service is the reason.
 fn decode_networks(group: &Reader<'_>, name: &str, connect: bool) -> Network {
     let blocks = group.blocks("network");
-    let empty = Network { mode: NetworkMode::Bridge, ports: Vec::new() };
     let hint = || Some("write network { mode = \"bridge\" }".to_owned());
-    let [block] = blocks.as_slice() else {
-        let (span, count) =
-            (blocks.get(1).map_or_else(|| group.span.clone(), |block| super::header(block)), blocks.len());
+    let mut network = Network { mode: NetworkMode::Bridge, ports: Vec::new() };
+    if blocks.len() != 1 {
+        let (span, count) = (blocks.get(1).map_or_else(|| group.span.clone(), |block| header(block)), blocks.len());
         let message = if connect {
             format!(
                 "connect sidecar: must have exactly one network for Consul Connect: group {name:?} has {count} networks"
@@ -195,8 +194,8 @@ fn decode_networks(group: &Reader<'_>, name: &str, connect: bool) -> Network {
             format!("group {name:?} has no network: the host's own network is not supported by culvert yet")
         };
         group.report(span, message, hint());
-        return empty;
-    };
+    }
+    let Some(block) = blocks.first() else { return network };
     let reader = group.inner(&NETWORK, block, "network");
     let mode = reader.literal("mode");
     if mode.as_ref().is_none_or(|mode| mode.value != "bridge") {
@@ -213,7 +212,6 @@ fn decode_networks(group: &Reader<'_>, name: &str, connect: bool) -> Network {
         };
         reader.report(span, message, hint());
     }
-    let mut network = empty;
     for (index, (label, block)) in reader.labelled("port").into_iter().enumerate() {
         check_name(&reader, "Port label", &label);
         if network.port(&label.value).is_some() {

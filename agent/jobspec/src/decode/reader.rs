@@ -139,9 +139,9 @@ impl<'a> Reader<'a> {
         self.body.attributes().find(|attribute| attribute.has_key(name))
     }
 
-    /// Whether the attribute is written, with whatever value.
+    /// Whether the attribute has a value, right or wrong. One that is null counts as left out.
     pub(super) fn has(&self, name: &str) -> bool {
-        self.attribute(name).is_some()
+        self.attribute(name).is_some_and(|attribute| !matches!(self.scope.evaluate(&attribute.value), Ok(Value::Null)))
     }
 
     /// The unevaluated expression of an attribute.

@@ -170,7 +170,8 @@ fn port_ref(reader: &Reader<'_>) -> Option<PortRef> {
         Ok(port) if port > 0 => Some(PortRef::Number(port)),
         _ => {
             reader.report(span, format!("port {text} is not between 1 and 65535"), None);
-            None
+            // Any number: without one, "has no port" would be reported as well.
+            Some(PortRef::Number(u16::MAX))
         }
     }
 }
