@@ -10,20 +10,26 @@
 
 mod decode;
 mod diagnostics;
+mod diff;
 mod duration;
 mod environment;
 mod hcl;
 mod model;
 mod parse;
+mod resolve;
+mod sidecar;
 mod template;
 mod validate;
 
 pub use decode::{MAX_COUNT, MAX_KILL_TIMEOUT, MAX_NAME};
 pub use diagnostics::{Diagnostic, Diagnostics, Location, MAX_DIAGNOSTICS, MAX_SNIPPET};
+pub use diff::{Change, DiffKind, FieldDiff, GroupDiff, JobDiff, ObjectDiff, TaskDiff, Updates, diff, group_change};
 pub use duration::{format_go_duration, parse_go_duration};
 pub use environment::{
     AllocContext, Environment, EnvironmentError, MAX_VALUE, NodeContext, PortBinding, TaskDirs, clean_name,
 };
 pub use model::*;
 pub use parse::{MAX_SOURCE, check_runnable, parse};
+pub use resolve::{ResolveError, ResolvedCheck, ResolvedConnect, ResolvedHttp, ResolvedService};
+pub use sidecar::{SIDECAR_DRIVER, Sidecar};
 pub use template::{Part, Template, TemplateError};

@@ -1,0 +1,193 @@
+//! What an allocation makes of a job: its environment and its services.
+
+use culvert_jobspec::{
+    AllocContext, Environment, EnvironmentError, Job, NodeContext, PortBinding, ResolveError, TaskDirs, parse,
+};
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+
+const SEED: &str = include_str!("jobs/seed_000.nomad.hcl");
+
+fn job(source: &str) -> Job {
+    parse(source, "f", &BTreeMap::new()).unwrap_or_else(|errors| panic!("{errors}"))
+}
+
+fn context() -> AllocContext {
+    let text = |pairs: &[(&str, &str)]| pairs.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
+    AllocContext {
+        alloc_id: "1f2e3d4c-0000-4000-8000-000000000000".into(),
+        index: 2,
+        node: NodeContext {
+            id: "node-id".into(),
+            name: "node1".into(),
+            datacenter: "dc1".into(),
+            attributes: text(&[("kernel.name", "linux")]),
+            meta: text(&[("rack", "r7")]),
+        },
+        host_ip: [10, 0, 0, 1].into(),
+        alloc_ip: [172, 26, 64, 5].into(),
+        alloc_interface: "eth0".into(),
+        ports: BTreeMap::from([
+            ("http".into(), PortBinding { host: 20001, inside: 9002 }),
+            ("connect-proxy-count-dashboard".into(), PortBinding { host: 21000, inside: 21000 }),
+        ]),
+    }
+}
+
+fn dirs() -> TaskDirs {
+    TaskDirs { alloc: "/alloc".into(), local: "/local".into(), secrets: "/secrets".into() }
+}
+
+fn dashboard(env: &str) -> Environment {
+    let source = SEED.replace("COUNTING_SERVICE_URL", &format!("{env}\n COUNTING_SERVICE_URL"));
+    let source =
+        source.replace("datacenters", "meta {\n owner = \"job\"\n my-key = \"${NOMAD_ALLOC_INDEX}\"\n }\n datacenters");
+    Environment::of_task(&job(&source), "dashboard", "dashboard", &context(), &dirs()).expect("environment")
+}
+
+#[test]
+fn a_task_finds_nomads_variables() {
+    let environment = dashboard("");
+    for (name, value) in [
+        ("COUNTING_SERVICE_URL", "http://127.0.0.1:8080"),
+        ("NOMAD_UPSTREAM_ADDR_count_api", "127.0.0.1:8080"),
+        ("NOMAD_UPSTREAM_ADDR_count-api", "127.0.0.1:8080"),
+        ("NOMAD_UPSTREAM_IP_count_api", "127.0.0.1"),
+        ("NOMAD_UPSTREAM_PORT_count_api", "8080"),
+        ("NOMAD_PORT_http", "9002"),
+        ("NOMAD_ALLOC_PORT_http", "9002"),
+        ("NOMAD_HOST_PORT_http", "20001"),
+        ("NOMAD_IP_http", "10.0.0.1"),
+        ("NOMAD_ADDR_http", "10.0.0.1:20001"),
+        ("NOMAD_HOST_ADDR_http", "10.0.0.1:20001"),
+        ("NOMAD_ALLOC_IP_http", "172.26.64.5"),
+        ("NOMAD_ALLOC_ADDR_http", "172.26.64.5:9002"),
+        ("NOMAD_ALLOC_INTERFACE_http", "eth0"),
+        ("NOMAD_PORT_connect-proxy-count-dashboard", "21000"),
+        ("NOMAD_PORT_connect_proxy_count_dashboard", "21000"),
+        ("NOMAD_ALLOC_ID", "1f2e3d4c-0000-4000-8000-000000000000"),
+        ("NOMAD_SHORT_ALLOC_ID", "1f2e3d4c"),
+        ("NOMAD_ALLOC_NAME", "countdash.dashboard[2]"),
+        ("NOMAD_ALLOC_INDEX", "2"),
+        ("NOMAD_TASK_NAME", "dashboard"),
+        ("NOMAD_GROUP_NAME", "dashboard"),
+        ("NOMAD_JOB_ID", "countdash"),
+        ("NOMAD_JOB_NAME", "countdash"),
+        ("NOMAD_DC", "dc1"),
+        ("NOMAD_REGION", "global"),
+        ("NOMAD_NAMESPACE", "default"),
+        ("NOMAD_CPU_LIMIT", "100"),
+        ("NOMAD_MEMORY_LIMIT", "300"),
+        ("NOMAD_ALLOC_DIR", "/alloc"),
+        ("NOMAD_TASK_DIR", "/local"),
+        ("NOMAD_SECRETS_DIR", "/secrets"),
+        ("NOMAD_META_owner", "job"),
+        ("NOMAD_META_OWNER", "job"),
+        ("NOMAD_META_my_key", "2"),
+        ("NOMAD_META_MY_KEY", "2"),
+    ] {
+        assert_eq!(environment.variables().get(name).map(String::as_str), Some(value), "{name}");
+    }
+}
+
+#[test]
+fn values_may_refer_to_each_other_the_node_and_nothing() {
+    let environment = dashboard(
+        r#"
+        A = "${B}!"
+        B = "${C}"
+        C = "${node.unique.name}/${attr.kernel.name}/${meta.rack}/${env["NOMAD_DC"]}"
+        X = "${Y}"
+        Y = "${X}"
+        Z = "${NOMAD_NO_SUCH_THING} ${PATH}"
+        "#,
+    );
+    let value = |name: &str| environment.variables()[name].as_str();
+    assert_eq!(value("A"), "node1/linux/r7/dc1!");
+    assert!(value("X").contains("${"), "a circle stays as written: {}", value("X"));
+    assert_eq!(value("Z"), "${NOMAD_NO_SUCH_THING} ${PATH}");
+}
+
+#[test]
+fn values_that_double_themselves_are_refused() {
+    let doubling: String = (0..40).map(|n| format!("D{n:02} = \"${{D{:02}}}${{D{:02}}}\"\n", n + 1, n + 1)).collect();
+    let source = SEED.replace("COUNTING_SERVICE_URL", &format!("{doubling} D40 = \"xxxxxxxx\"\n COUNTING_SERVICE_URL"));
+    let error = Environment::of_task(&job(&source), "dashboard", "dashboard", &context(), &dirs());
+    assert!(matches!(error, Err(EnvironmentError::Value { .. })), "{error:?}");
+    let missing = Environment::of_task(&job(SEED), "dashboard", "nope", &context(), &dirs());
+    assert!(matches!(missing, Err(EnvironmentError::UnknownTask(_))), "{missing:?}");
+}
+
+fn resolve(name: &str, rest: &str) -> Result<Vec<culvert_jobspec::ResolvedService>, ResolveError> {
+    let source = SEED.replace("name = \"count-dashboard\"", &format!("name = \"{name}\"\n{rest}"));
+    let job = job(&source);
+    let group = job.group("dashboard").expect("group");
+    let environment = Environment::of_group(&job, group, &context()).expect("environment");
+    group.resolve_services(&environment, &context())
+}
+
+#[test]
+fn services_are_resolved_for_an_allocation() {
+    let check = r#"
+      tags = ["v${NOMAD_ALLOC_INDEX}", "${UNKNOWN}"]
+      meta {
+        rack = "${meta.rack}"
+      }
+      check {
+        type     = "http"
+        path     = "/health/${NOMAD_ALLOC_INDEX}"
+        interval = "10s"
+        timeout  = "2s"
+        header {
+          X-Alloc = ["${NOMAD_SHORT_ALLOC_ID}"]
+        }
+      }
+    "#;
+    let services = resolve("dash-${NOMAD_ALLOC_INDEX}", check).expect("resolve");
+    let service = &services[0];
+    assert_eq!((service.name.as_str(), service.port, service.port_label.as_str()), ("dash-2", Some(9002), "http"));
+    assert_eq!(service.tags, ["v2", "${UNKNOWN}"]);
+    assert_eq!(service.meta["rack"], "r7");
+    let check = &service.checks[0];
+    assert_eq!((check.name.as_str(), check.port), ("service: \"dash-2\" check", 9002));
+    let http = check.http.as_ref().expect("http");
+    assert_eq!((http.path.as_str(), http.method.as_str()), ("/health/2", "GET"));
+    assert_eq!(http.headers["X-Alloc"], ["1f2e3d4c"]);
+    let connect = service.connect.as_ref().expect("connect");
+    assert_eq!(connect.local_service_port, Some(9002));
+    assert_eq!(connect.tags, service.tags, "a sidecar takes its service's tags");
+}
+
+#[test]
+fn a_name_that_does_not_resolve_is_an_error() {
+    let error = resolve("dash-${NOMAD_META_nope}", "").expect_err("unresolved");
+    assert_eq!(
+        error.to_string(),
+        "service name \"dash-${NOMAD_META_nope}\" refers to ${NOMAD_META_nope}, which this allocation does not have"
+    );
+    let error = resolve("dash-${NOMAD_ALLOC_NAME}", "").expect_err("invalid");
+    assert!(matches!(error, ResolveError::Name { .. }), "{error}");
+}
+
+#[test]
+fn a_label_without_a_port_is_an_error() {
+    let job = job(SEED);
+    let group = job.group("dashboard").expect("group");
+    let context = AllocContext { ports: BTreeMap::new(), ..context() };
+    let environment = Environment::of_group(&job, group, &context).expect("environment");
+    let error = group.resolve_services(&environment, &context).expect_err("no port");
+    assert_eq!(error.to_string(), "No port of label \"http\" defined");
+}
+
+proptest! {
+    /// Text without references passes through parsing, JSON and rendering unchanged, whatever it holds.
+    #[test]
+    fn literal_text_is_carried_exactly(text in "\\PC{0,40}") {
+        let quoted = serde_json::to_string(&text).expect("json").replace("${", "$${").replace("%{", "%%{");
+        let source = SEED.replace("COUNTING_SERVICE_URL", &format!("TEXT = {quoted}\n COUNTING_SERVICE_URL"));
+        let job = job(&source);
+        let job: Job = serde_json::from_str(&serde_json::to_string(&job).expect("write")).expect("read");
+        let environment = Environment::of_task(&job, "dashboard", "dashboard", &context(), &dirs()).expect("environment");
+        prop_assert_eq!(&environment.variables()["TEXT"], &text);
+    }
+}
