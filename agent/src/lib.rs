@@ -7,3 +7,6 @@ pub mod lock;
 pub mod sys;
 pub mod task;
 pub mod workload;
+pub mod config;
+mod report;
+pub mod worker;

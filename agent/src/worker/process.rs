@@ -86,10 +86,24 @@ impl Worker {
             if let Err(error) = child.kill().await {
                 warn!(%error, "cannot end the worker");
             }
-        } else if self.process.exists() {
-            crate::task::kill_process(&self.process);
+        } else if let Err(error) = kill(&self.process) {
+            warn!(%error, pid = self.process.pid, "cannot end the worker");
         }
     }
+}
+
+/// Ends exactly this process, if it still exists.
+fn kill(process: &ProcessIdentity) -> io::Result<()> {
+    let pid = i32::try_from(process.pid).ok().and_then(rustix::process::Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
+    let pidfd = match rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) {
+        Err(rustix::io::Errno::SRCH) => return Ok(()),
+        pidfd => pidfd?,
+    };
+    // Checked while the pidfd is held: the pid cannot come to mean another process.
+    if process.exists() {
+        rustix::process::pidfd_send_signal(pidfd, rustix::process::Signal::KILL)?;
+    }
+    Ok(())
 }
 
 async fn await_call(process: &ProcessIdentity) -> io::Result<ControlSocket> {

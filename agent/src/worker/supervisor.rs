@@ -109,11 +109,11 @@ impl Supervisor {
                     Some(Command::Serve(served)) => self.sockets.serve(served),
                     Some(Command::Stop { proxy, done, .. }) => {
                         self.sockets.remove(&proxy);
-                        drop(done.send(()));
+                        tell(done);
                     }
                     Some(Command::Shutdown { done, .. }) => {
                         process::forget(&self.settings.data_dir);
-                        drop(done.send(()));
+                        tell(done);
                         return std::ops::ControlFlow::Break(());
                     }
                 },
@@ -182,7 +182,7 @@ impl Supervisor {
         done: oneshot::Sender<()>,
     ) -> Result<(), ()> {
         if self.sockets.get(&proxy).is_none() {
-            drop(done.send(()));
+            tell(done);
             return Ok(());
         }
         self.sockets.remove(&proxy);
@@ -234,7 +234,7 @@ impl Supervisor {
             ToAgent::Stopped { proxy } => {
                 self.view.send_modify(|view| drop(view.proxies.remove(&proxy)));
                 if let Some(done) = self.stopping.remove(&proxy) {
-                    drop(done.send(()));
+                    tell(done);
                 }
                 Ok(())
             }
@@ -333,6 +333,13 @@ impl Supervisor {
         }
         worker.end().await;
         process::forget(&self.settings.data_dir);
-        drop(done.send(()));
+        tell(done);
+    }
+}
+
+/// Tells whoever waits; nobody may wait any more.
+fn tell(done: oneshot::Sender<()>) {
+    if done.send(()).is_err() {
+        debug!("nobody waits for the proxy to be gone");
     }
 }
