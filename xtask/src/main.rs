@@ -8,6 +8,7 @@
 
 mod arrows;
 mod command;
+mod ebpf;
 mod fuzz;
 mod lint;
 mod setup;
@@ -29,6 +30,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Build the kernel object from ebpf/ and put it, with the hash of its sources, where the agent embeds it.
+    Ebpf(ebpf::Options),
     /// Format, clippy, dependency policy and the direction of crate arrows.
     Lint,
     /// Everything that can fail: units, properties, network namespaces, eBPF, real Envoy, a real browser.
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let setup = setup::Setup { install: !arguments.no_install };
     let result = match arguments.command {
+        Command::Ebpf(options) => ebpf::run(&setup, &options),
         Command::Lint => lint::run(&setup),
         Command::Test(options) => test::run(&setup, &options),
         Command::Fuzz(options) => fuzz::run(&setup, &options),
