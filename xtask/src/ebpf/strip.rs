@@ -29,19 +29,20 @@ pub(crate) fn strip_debug(object: &[u8]) -> Result<Vec<u8>> {
     let table = read_u64(object, 40)?;
     let count = usize::from(read_u16(object, 60)?);
     let names_index = usize::from(read_u16(object, 62)?);
-    let sections =
-        (0..count).map(|index| section(object, table + index * SECTION_HEADER)).collect::<Result<Vec<_>>>()?;
+    let sections = (0..count)
+        .map(|index| section(object, table.saturating_add(index * SECTION_HEADER)))
+        .collect::<Result<Vec<_>>>()?;
     let names = sections.get(names_index).context("no section of names")?;
 
     let mut out = object.get(..HEADER).context("truncated header")?.to_vec();
-    let mut headers = object.get(table..table + count * SECTION_HEADER).context("truncated section table")?.to_vec();
+    let mut headers = range(object, table, count * SECTION_HEADER)?.to_vec();
     for section in &sections {
         let at = section.header - table;
-        let name = text(object, names.offset + section.name as usize)?;
+        let name = text(object, names.offset.saturating_add(section.name as usize))?;
         if name.starts_with(b".debug_") || name.starts_with(b".rel.debug_") {
             headers[at + 4..at + SECTION_HEADER].fill(0);
         } else if section.kind != SHT_NULL && section.kind != SHT_NOBITS {
-            let contents = object.get(section.offset..section.offset + section.size).context("truncated section")?;
+            let contents = range(object, section.offset, section.size)?;
             out.resize(out.len().next_multiple_of(section.align.max(1)), 0);
             headers[at + 24..at + 32].copy_from_slice(&(out.len() as u64).to_le_bytes());
             out.extend_from_slice(contents);
@@ -58,10 +59,10 @@ fn section(object: &[u8], header: usize) -> Result<Section> {
     Ok(Section {
         header,
         name: read_u32(object, header)?,
-        kind: read_u32(object, header + 4)?,
-        offset: read_u64(object, header + 24)?,
-        size: read_u64(object, header + 32)?,
-        align: read_u64(object, header + 48)?,
+        kind: read_u32(object, header.saturating_add(4))?,
+        offset: read_u64(object, header.saturating_add(24))?,
+        size: read_u64(object, header.saturating_add(32))?,
+        align: read_u64(object, header.saturating_add(48))?,
     })
 }
 
@@ -69,8 +70,12 @@ fn text(object: &[u8], at: usize) -> Result<&[u8]> {
     object.get(at..).and_then(|rest| rest.split(|byte| *byte == 0).next()).context("name outside the object")
 }
 
+fn range(object: &[u8], at: usize, length: usize) -> Result<&[u8]> {
+    at.checked_add(length).and_then(|end| object.get(at..end)).with_context(|| format!("truncated at {at}"))
+}
+
 fn read<const N: usize>(object: &[u8], at: usize) -> Result<[u8; N]> {
-    object.get(at..at + N).and_then(|bytes| bytes.try_into().ok()).with_context(|| format!("truncated at {at}"))
+    Ok(range(object, at, N)?.try_into().expect("as long as asked for"))
 }
 
 fn read_u16(object: &[u8], at: usize) -> Result<u16> {
