@@ -2,6 +2,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod datapath;
 pub mod events;
 pub mod lock;
 pub mod sys;

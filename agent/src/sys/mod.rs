@@ -4,6 +4,8 @@
 
 #![allow(unsafe_code, reason = "the one place of the agent that may call the kernel without a wrapper")]
 
+pub mod bpf;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 

@@ -9,7 +9,8 @@ use culvert_ebpf_common::{
 };
 
 use crate::tables::{
-    CONNECTIONS, QUOTA, SETTINGS, connection, listens, now, upstream, workload_by_address, workload_by_netns,
+    CONNECTIONS, QUOTA, SETTINGS, connection, field, listens, now, upstream, words, workload_by_address,
+    workload_by_netns,
 };
 
 const IPPROTO_TCP: u32 = 6;
@@ -20,10 +21,9 @@ const TRIES: u32 = 4;
 #[inline(always)]
 pub fn connect4(ctx: &SockAddrContext) {
     let sock_addr = ctx.sock_addr;
-    // SAFETY: the context is valid for the program's run, the verifier checks each field.
-    let (asked, bound) = unsafe { (Address::v4((*sock_addr).user_ip4), Address::v4((*socket(ctx)).src_ip4)) };
+    let (asked, bound) = (Address::v4(field!(sock_addr, user_ip4)), Address::v4(field!(socket(ctx), src_ip4)));
     if let Some((address, port)) = redirect(ctx, asked, bound, FAMILY_V4) {
-        // SAFETY: as above; connect4 may write both fields.
+        // SAFETY: the context is valid for the program's run; connect4 may write both fields.
         unsafe {
             (*sock_addr).user_ip4 = address.words[3];
             (*sock_addr).user_port = u32::from(port.to_be());
@@ -35,11 +35,10 @@ pub fn connect4(ctx: &SockAddrContext) {
 #[inline(always)]
 pub fn connect6(ctx: &SockAddrContext) {
     let sock_addr = ctx.sock_addr;
-    // SAFETY: the context is valid for the program's run, the verifier checks each field.
-    let (asked, bound) = unsafe { (Address::v6((*sock_addr).user_ip6), Address::v6((*socket(ctx)).src_ip6)) };
+    let (asked, bound) = (Address::v6(words!(sock_addr, user_ip6)), Address::v6(words!(socket(ctx), src_ip6)));
     let family = if asked.is_v4() { FAMILY_V4 } else { FAMILY_V6 };
     if let Some((address, port)) = redirect(ctx, asked, bound, family) {
-        // SAFETY: as above; connect6 may write these fields.
+        // SAFETY: the context is valid for the program's run; connect6 may write these fields.
         unsafe {
             (*sock_addr).user_ip6[0] = address.words[0];
             (*sock_addr).user_ip6[1] = address.words[1];
@@ -91,8 +90,7 @@ fn redirect(ctx: &SockAddrContext, asked: Address, bound: Address, family: u8) -
 
 #[inline(always)]
 fn choose(ctx: &SockAddrContext, asked: Address, bound: Address, family: u8) -> Option<(Address, u16)> {
-    // SAFETY: the context is valid for the program's run, the verifier checks each field.
-    let (protocol, port) = unsafe { ((*ctx.sock_addr).protocol, (*ctx.sock_addr).user_port) };
+    let (protocol, port) = (field!(ctx.sock_addr, protocol), field!(ctx.sock_addr, user_port));
     if !asked.is_loopback() || protocol != IPPROTO_TCP {
         return None;
     }
@@ -152,9 +150,7 @@ fn reachable(instance: &Instance, family: u8) -> Option<Address> {
 /// Is the socket free to leave from the workload's own address? One that is bound to a loopback address or to a device is not.
 #[inline(always)]
 fn may_leave(ctx: &SockAddrContext, source: &Workload, bound: &Address) -> bool {
-    // SAFETY: the socket is the context's, the verifier checks the field.
-    let device = unsafe { (*socket(ctx)).bound_dev_if };
-    device == 0 && (bound.is_unspecified() || source.owns(bound))
+    field!(socket(ctx), bound_dev_if) == 0 && (bound.is_unspecified() || source.owns(bound))
 }
 
 /// Has the workload as many half-open direct connections as it may?

@@ -11,7 +11,7 @@ use culvert_ebpf_common::{
     Address, Admission, Arrival, EventKind, FAMILY_V4, FAMILY_V6, FlowKey, LISTENER_SLOTS, ListenerKey, Source, admit,
 };
 
-use crate::tables::{LISTENERS, STEERED, authorised, port_kind, workload_by_address};
+use crate::tables::{LISTENERS, STEERED, authorised, field, port_kind, words, workload_by_address};
 use crate::tell;
 
 /// Pass (with or without a socket assigned), or drop?
@@ -67,22 +67,18 @@ pub fn lookup(ctx: &SkLookupContext) -> bool {
 #[inline(always)]
 fn read(ctx: &SkLookupContext) -> (FlowKey, u8, u16) {
     let lookup = ctx.lookup;
-    // SAFETY: the context is valid for the program's run, the verifier checks each field.
-    unsafe {
-        let v4 = (*lookup).family == u32::from(FAMILY_V4);
-        let (source, destination) = if v4 {
-            (Address::v4((*lookup).remote_ip4), Address::v4((*lookup).local_ip4))
-        } else {
-            (Address::v6((*lookup).remote_ip6), Address::v6((*lookup).local_ip6))
-        };
-        let flow = FlowKey {
-            source,
-            destination,
-            source_port: u16::from_be((*lookup).remote_port),
-            destination_port: (*lookup).local_port as u16,
-        };
-        (flow, if v4 { FAMILY_V4 } else { FAMILY_V6 }, (*lookup).protocol as u16)
-    }
+    let v4 = field!(lookup, family) == u32::from(FAMILY_V4);
+    // All of them, before it is asked which: a volatile load in a branch is still merged with that of the other branch.
+    let (source4, destination4) = (Address::v4(field!(lookup, remote_ip4)), Address::v4(field!(lookup, local_ip4)));
+    let (source6, destination6) = (Address::v6(words!(lookup, remote_ip6)), Address::v6(words!(lookup, local_ip6)));
+    let (source, destination) = if v4 { (source4, destination4) } else { (source6, destination6) };
+    let flow = FlowKey {
+        source,
+        destination,
+        source_port: u16::from_be(field!(lookup, remote_port)),
+        destination_port: field!(lookup, local_port) as u16,
+    };
+    (flow, if v4 { FAMILY_V4 } else { FAMILY_V6 }, field!(lookup, protocol) as u16)
 }
 
 /// Hands the packet to the first listening socket that takes it.

@@ -15,13 +15,13 @@ use culvert_ebpf_common::{
     PHASE_CHOSEN, PHASE_CONNECTING, PHASE_ESTABLISHED, payload_bytes,
 };
 
-use crate::tables::{AUTH, LISTENERS, QUOTA, SETTINGS, connection, now, upstream, workload_by_netns};
+use crate::tables::{AUTH, LISTENERS, QUOTA, SETTINGS, connection, field, now, upstream, words, workload_by_netns};
 use crate::tell;
 
 /// Something happened to a socket.
 #[inline(always)]
 pub fn milestone(ctx: &SockOpsContext) {
-    match ctx.op() {
+    match field!(ctx.ops, op) {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(ctx),
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => established(ctx),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ctx),
@@ -83,7 +83,7 @@ fn established(ctx: &SockOpsContext) {
 /// The server's side is established: leave is used up.
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext) {
-    let v4 = ctx.family() == u32::from(FAMILY_V4) || Address::v6(ctx.remote_ip6()).is_v4();
+    let v4 = field!(ctx.ops, family) == u32::from(FAMILY_V4) || Address::v6(words!(ctx.ops, remote_ip6)).is_v4();
     let seen = flow(ctx, v4);
     let opened = FlowKey {
         source: seen.destination,
@@ -103,8 +103,8 @@ fn changed(ctx: &SockOpsContext) {
         return;
     }
     let Some(connection) = connection_of(ctx) else { return };
-    // SAFETY: the context is valid for the program's run, the verifier checks each field.
-    let (rcv_nxt, acked, received) = unsafe { ((*ctx.ops).rcv_nxt, (*ctx.ops).bytes_acked, (*ctx.ops).bytes_received) };
+    let rcv_nxt = field!(ctx.ops, rcv_nxt);
+    let (acked, received) = (field!(ctx.ops, bytes_acked), field!(ctx.ops, bytes_received));
     if new == state::FIN_WAIT2 {
         connection.fin_wait2_at = rcv_nxt;
         return;
@@ -129,10 +129,10 @@ fn listening(ctx: &SockOpsContext) {
     // SAFETY: the helper accepts this context.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let Some(workload) = workload_by_netns(netns_cookie) else { return };
-    let family = if ctx.family() == u32::from(FAMILY_V4) { FAMILY_V4 } else { FAMILY_V6 };
+    let family = if field!(ctx.ops, family) == u32::from(FAMILY_V4) { FAMILY_V4 } else { FAMILY_V6 };
     let mut slot = 0;
     while slot < LISTENER_SLOTS {
-        let mut key = ListenerKey { workload: workload.id, port: ctx.local_port() as u16, family, slot };
+        let mut key = ListenerKey { workload: workload.id, port: field!(ctx.ops, local_port) as u16, family, slot };
         let map = (&raw const LISTENERS).cast_mut().cast();
         // SAFETY: context, map and key are valid for the call.
         let failed = unsafe { bpf_sock_hash_update(ctx.ops, map, (&raw mut key).cast(), u64::from(BPF_NOEXIST)) };
@@ -146,8 +146,7 @@ fn listening(ctx: &SockOpsContext) {
 /// What is kept with the context's socket.
 #[inline(always)]
 fn connection_of(ctx: &SockOpsContext) -> Option<&'static mut Connection> {
-    // SAFETY: the context is valid for the program's run, the verifier checks each field.
-    let (full, socket) = unsafe { ((*ctx.ops).is_fullsock, (*ctx.ops).__bindgen_anon_2.sk) };
+    let (full, socket) = (field!(ctx.ops, is_fullsock), field!(ctx.ops, __bindgen_anon_2.sk));
     if full == 0 || socket.is_null() {
         return None;
     }
@@ -157,16 +156,14 @@ fn connection_of(ctx: &SockOpsContext) -> Option<&'static mut Connection> {
 /// The connection from this socket's side.
 #[inline(always)]
 fn flow(ctx: &SockOpsContext, v4: bool) -> FlowKey {
-    let (source, destination) = if v4 {
-        (Address::v4(ctx.local_ip4()), Address::v4(ctx.remote_ip4()))
-    } else {
-        (Address::v6(ctx.local_ip6()), Address::v6(ctx.remote_ip6()))
-    };
+    let (local4, remote4) = (Address::v4(field!(ctx.ops, local_ip4)), Address::v4(field!(ctx.ops, remote_ip4)));
+    let (local6, remote6) = (Address::v6(words!(ctx.ops, local_ip6)), Address::v6(words!(ctx.ops, remote_ip6)));
+    let (source, destination) = if v4 { (local4, remote4) } else { (local6, remote6) };
     FlowKey {
         source,
         destination,
-        source_port: ctx.local_port() as u16,
-        destination_port: u32::from_be(ctx.remote_port()) as u16,
+        source_port: field!(ctx.ops, local_port) as u16,
+        destination_port: u32::from_be(field!(ctx.ops, remote_port)) as u16,
     }
 }
 

@@ -38,6 +38,29 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 #[btf_map]
 pub static CONNECTIONS: SkStorage<Connection> = SkStorage::new();
 
+/// Reads a field of a context: the kernel's verifier wants plain loads at fixed offsets, and the compiler would merge the loads of
+/// two branches into one at a computed offset. So what depends on the family is read for both, before the branch.
+macro_rules! field {
+    ($context:expr, $($field:tt)+) => {
+        // SAFETY: the context is valid for the program's run, the verifier checks each field.
+        unsafe { core::ptr::read_volatile(&raw const (*$context).$($field)+) }
+    };
+}
+pub(crate) use field;
+
+/// Reads the four words of an IPv6 address in a context.
+macro_rules! words {
+    ($context:expr, $field:ident) => {
+        [
+            field!($context, $field[0]),
+            field!($context, $field[1]),
+            field!($context, $field[2]),
+            field!($context, $field[3]),
+        ]
+    };
+}
+pub(crate) use words;
+
 /// The boot clock, in nanoseconds.
 #[inline(always)]
 pub fn now() -> u64 {

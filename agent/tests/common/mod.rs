@@ -1,0 +1,392 @@
+//! A small world for tests of the data path: a node with a bridge and workloads behind veths, all in network namespaces that carry the
+//! test's name, and a cgroup and a directory of pins of its own. A guard removes them; leftovers of a run that was killed go first.
+//!
+//! The test's process moves into the cgroup, and its threads into the namespaces: a socket belongs to the cgroup and the namespace that
+//! it was made in. The thread that makes the world stays in the node's namespace.
+
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use culvert_agent::datapath::{
+    Datapath, DatapathConfig, Instance, KernelEvent, Upstream, UpstreamKey, WorkloadLinks, unified_root,
+};
+use nix::sched::{CloneFlags, setns};
+use tokio::sync::mpsc;
+
+/// How long anything that must happen may take on a slow, busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// One world at a time per process: the process can be in one cgroup only.
+static WORLD: Mutex<()> = Mutex::new(());
+
+/// A node with its bridge.
+pub struct World {
+    name: String,
+    cgroup: PathBuf,
+    former_cgroup: PathBuf,
+    host: File,
+    workloads: Vec<String>,
+    runtime: Option<tokio::runtime::Runtime>,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// A namespace on the bridge.
+pub struct TestWorkload {
+    pub id: u32,
+    pub ifindex: u32,
+    pub addr4: Ipv4Addr,
+    pub addr6: Ipv6Addr,
+    pub mac: [u8; 6],
+    netns: File,
+    pub netns_name: String,
+}
+
+impl World {
+    /// Makes the world of the test `name`. Without root the test is skipped, loudly; under CI that is a failure.
+    pub fn new(name: &str) -> Option<Self> {
+        let alone = WORLD.lock().unwrap_or_else(PoisonError::into_inner);
+        if !nix::unistd::geteuid().is_root() {
+            assert!(std::env::var_os("CI").is_none(), "{name} needs root, and must not be skipped under CI");
+            eprintln!("SKIPPED: {name} needs root");
+            return None;
+        }
+        let unified = unified_root().expect("cgroup2 is mounted");
+        let former = fs::read_to_string("/proc/self/cgroup").expect("our cgroup");
+        let former = former.lines().find_map(|line| line.strip_prefix("0::")).expect("our cgroup of version 2");
+        let mut world = Self {
+            name: format!("dp-{name}"),
+            cgroup: unified.join(format!("culvert-test-{name}")),
+            former_cgroup: unified.join(former.trim_start_matches('/')),
+            host: File::open("/proc/thread-self/ns/net").expect("our network namespace"),
+            workloads: Vec::new(),
+            runtime: None,
+            _alone: alone,
+        };
+        world.remove_leftovers();
+        ip(&format!("netns add {}-node", world.name));
+        enter(&netns_file(&format!("{}-node", world.name)));
+        for line in [
+            "link set lo up",
+            "link add br0 type bridge",
+            "addr add 10.77.0.1/24 dev br0",
+            "addr add fd77::1/64 dev br0 nodad",
+            "link set br0 up",
+        ] {
+            ip(line);
+        }
+        fs::create_dir_all(&world.cgroup).expect("a cgroup");
+        join_cgroup(&world.cgroup);
+        world.runtime = Some(
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime"),
+        );
+        Some(world)
+    }
+
+    /// Configuration of the datapath in this world.
+    pub fn config(&self) -> DatapathConfig {
+        DatapathConfig::new(PathBuf::from(format!("/sys/fs/bpf/culvert-test-{}", self.name)), self.cgroup.clone())
+    }
+
+    /// Loads the programs.
+    pub fn load(&self) -> (Datapath, Events) {
+        self.load_with(&self.config())
+    }
+
+    /// Loads the programs with settings of the test's own.
+    pub fn load_with(&self, config: &DatapathConfig) -> (Datapath, Events) {
+        let _runtime = self.runtime().enter();
+        let (datapath, events) = Datapath::load(config).expect("this kernel has all that the direct path needs");
+        (datapath, Events { events, seen: Vec::new() })
+    }
+
+    pub fn runtime(&self) -> &tokio::runtime::Runtime {
+        self.runtime.as_ref().expect("made with the world")
+    }
+
+    /// Adds a workload, `id` from 1 to 200.
+    pub fn workload(&mut self, id: u32) -> TestWorkload {
+        let netns = format!("{}-{id}", self.name);
+        let (addr4, addr6) = (Ipv4Addr::new(10, 77, 0, 100 + id as u8), format!("fd77::{}", 100 + id));
+        let mac = [2, 0, 0, 0, 0x77, id as u8];
+        ip(&format!("netns add {netns}"));
+        self.workloads.push(netns.clone());
+        ip(&format!("link add v{id} type veth peer name eth0 address 02:00:00:00:77:{id:02x} netns {netns}"));
+        ip(&format!("link set v{id} master br0 up"));
+        for line in [
+            "link set lo up".to_owned(),
+            "link set eth0 up".to_owned(),
+            format!("addr add {addr4}/24 dev eth0"),
+            format!("addr add {addr6}/64 dev eth0 nodad"),
+            "route add default via 10.77.0.1".to_owned(),
+        ] {
+            ip(&format!("-n {netns} {line}"));
+        }
+        TestWorkload {
+            id,
+            ifindex: nix::net::if_::if_nametoindex(format!("v{id}").as_str()).expect("the veth"),
+            addr4,
+            addr6: addr6.parse().expect("an address"),
+            mac,
+            netns: netns_file(&netns),
+            netns_name: netns,
+        }
+    }
+
+    /// Deletes a workload's namespace.
+    pub fn delete(&mut self, workload: TestWorkload) {
+        let name = workload.netns_name.clone();
+        drop(workload);
+        ip(&format!("netns del {name}"));
+        self.workloads.retain(|other| *other != name);
+    }
+
+    fn remove_leftovers(&self) {
+        let listing = output("ip", &["netns", "list"]);
+        for name in listing.lines().filter_map(|line| line.split(' ').next()) {
+            if name.strip_prefix(&self.name).is_some_and(|rest| rest.starts_with('-')) {
+                ip(&format!("netns del {name}"));
+            }
+        }
+        remove_pins(&self.config().bpf_dir);
+        fs::remove_dir(&self.cgroup).ok();
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_timeout(Duration::from_secs(5));
+        }
+        join_cgroup(&self.former_cgroup);
+        enter(&self.host);
+        for name in self.workloads.iter().chain([&format!("{}-node", self.name)]) {
+            Command::new("ip").args(["netns", "del", name]).status().ok();
+        }
+        remove_pins(&self.config().bpf_dir);
+        // Sockets that are still closing hold the cgroup for a moment.
+        eventually("the cgroup is empty", || !self.cgroup.exists() || fs::remove_dir(&self.cgroup).is_ok());
+    }
+}
+
+impl TestWorkload {
+    /// What the datapath needs to know.
+    pub fn links(&self) -> WorkloadLinks {
+        WorkloadLinks {
+            id: self.id,
+            netns: PathBuf::from(format!("/run/netns/{}", self.netns_name)),
+            host_ifindex: self.ifindex,
+            addr4: self.addr4,
+            addr6: Some(self.addr6),
+            mac: self.mac,
+        }
+    }
+
+    pub fn netns_fd(&self) -> OwnedFd {
+        self.netns.try_clone().expect("a descriptor").into()
+    }
+
+    /// This workload as an instance with its application on `port`.
+    pub fn instance(&self, port: u16) -> Instance {
+        Instance { workload: self.id, addr4: self.addr4, addr6: Some(self.addr6), port }
+    }
+
+    /// Does something inside the namespace.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                enter(&self.netns);
+                work()
+            });
+            inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Connects from inside, blocking, with a limit.
+    pub fn connect(&self, to: impl Into<SocketAddr>) -> io::Result<TcpStream> {
+        let to = to.into();
+        self.run(|| {
+            let stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.set_nodelay(true)?;
+            Ok(stream)
+        })
+    }
+
+    /// An application that answers each connection with `greeting`, then echoes.
+    pub fn serve(&self, address: &str, greeting: &'static str) -> EchoServer {
+        let listener = self.run(|| TcpListener::bind(address).expect("a free port"));
+        EchoServer::start(listener, greeting)
+    }
+
+    pub fn ip(&self, line: &str) {
+        ip(&format!("-n {} {line}", self.netns_name));
+    }
+}
+
+/// An application: greets, then echoes.
+pub struct EchoServer {
+    listener: TcpListener,
+    accepted: Arc<AtomicUsize>,
+    peers: Arc<Mutex<Vec<(SocketAddr, SocketAddr)>>>,
+}
+
+impl EchoServer {
+    pub fn start(listener: TcpListener, greeting: &'static str) -> Self {
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let peers = Arc::new(Mutex::new(Vec::new()));
+        let server = Self {
+            listener: listener.try_clone().expect("a descriptor"),
+            accepted: Arc::clone(&accepted),
+            peers: Arc::clone(&peers),
+        };
+        thread::spawn(move || {
+            while let Ok((mut stream, peer)) = listener.accept() {
+                accepted.fetch_add(1, Ordering::SeqCst);
+                if let Ok(local) = stream.local_addr() {
+                    peers.lock().expect("no panic").push((peer, local));
+                }
+                thread::spawn(move || {
+                    stream.set_nodelay(true).ok();
+                    if stream.write_all(greeting.as_bytes()).is_ok() {
+                        let mut reader = stream.try_clone().expect("a descriptor");
+                        io::copy(&mut reader, &mut stream).ok();
+                    }
+                    stream.shutdown(Shutdown::Write).ok();
+                });
+            }
+        });
+        server
+    }
+
+    /// Connections accepted so far.
+    pub fn accepted(&self) -> usize {
+        self.accepted.load(Ordering::SeqCst)
+    }
+
+    /// Peer and own address of every accepted connection.
+    pub fn peers(&self) -> Vec<(SocketAddr, SocketAddr)> {
+        self.peers.lock().expect("no panic").clone()
+    }
+}
+
+impl Drop for EchoServer {
+    fn drop(&mut self) {
+        // Wakes the accepting thread, which then closes its copy.
+        socket2::SockRef::from(&self.listener).shutdown(Shutdown::Both).ok();
+    }
+}
+
+/// Reads the greeting.
+pub fn greeting(stream: &mut TcpStream) -> String {
+    let mut buffer = [0; 64];
+    let length = stream.read(&mut buffer).expect("a greeting");
+    String::from_utf8_lossy(&buffer[..length]).into_owned()
+}
+
+/// Sends and expects the same back.
+pub fn echo(stream: &mut TcpStream, message: &[u8]) -> io::Result<()> {
+    stream.write_all(message)?;
+    let mut back = vec![0; message.len()];
+    stream.read_exact(&mut back)?;
+    assert_eq!(back, message, "the echo differs");
+    Ok(())
+}
+
+/// Kernel events, remembered.
+pub struct Events {
+    pub events: mpsc::Receiver<KernelEvent>,
+    pub seen: Vec<KernelEvent>,
+}
+
+impl Events {
+    /// Waits for an event that fits.
+    pub fn expect(&mut self, what: &str, fits: impl Fn(&KernelEvent) -> bool) -> KernelEvent {
+        let deadline = Instant::now() + PATIENCE;
+        let mut looked = 0;
+        loop {
+            while let Ok(event) = self.events.try_recv() {
+                self.seen.push(event);
+            }
+            if let Some(event) = self.seen[looked..].iter().find(|event| fits(event)) {
+                return *event;
+            }
+            looked = self.seen.len();
+            assert!(Instant::now() < deadline, "no event: {what}; seen: {:#?}", self.seen);
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Events so far.
+    pub fn drain(&mut self) -> &[KernelEvent] {
+        while let Ok(event) = self.events.try_recv() {
+            self.seen.push(event);
+        }
+        &self.seen
+    }
+}
+
+/// An upstream entry: from `address` in the workload to `instances`.
+pub fn upstream(
+    workload: &TestWorkload,
+    address: impl Into<SocketAddr>,
+    instances: &[Instance],
+) -> (UpstreamKey, Upstream) {
+    let key = UpstreamKey { workload: workload.id, address: address.into() };
+    (key, Upstream { service: 1, instances: instances.to_vec(), not_after: None })
+}
+
+/// Tries until it holds.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Runs `ip`.
+pub fn ip(line: &str) {
+    let result = Command::new("ip").args(line.split(' ')).output().expect("ip (iproute2) is installed");
+    assert!(result.status.success(), "ip {line}: {}", String::from_utf8_lossy(&result.stderr));
+}
+
+/// What a program prints.
+pub fn output(program: &str, arguments: &[&str]) -> String {
+    let result = Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("{program}: {error}"));
+    String::from_utf8_lossy(&result.stdout).into_owned()
+}
+
+/// Moves the calling thread into a network namespace.
+pub fn enter(netns: &File) {
+    setns(netns, CloneFlags::CLONE_NEWNET).expect("a network namespace can be entered");
+}
+
+fn netns_file(name: &str) -> File {
+    File::open(format!("/run/netns/{name}")).expect("a named network namespace")
+}
+
+fn join_cgroup(cgroup: &Path) {
+    fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string()).expect("the cgroup can be joined");
+}
+
+fn remove_pins(directory: &Path) {
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_pins(&entry.path());
+        } else {
+            fs::remove_file(entry.path()).ok();
+        }
+    }
+    fs::remove_dir(directory).ok();
+}
