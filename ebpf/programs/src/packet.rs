@@ -1,1 +1,223 @@
-//! Placeholder.
+//! Reading packets at the veth: Ethernet, ARP, IPv4, IPv6 with its extension headers. Whatever cannot be read is none.
+
+use aya_ebpf::programs::TcContext;
+use culvert_ebpf_common::{Address, FlowKey};
+
+pub const ETHERTYPE_IPV4: u16 = 0x0800;
+pub const ETHERTYPE_ARP: u16 = 0x0806;
+pub const ETHERTYPE_IPV6: u16 = 0x86dd;
+pub const ICMPV6: u16 = 58;
+
+/// Length of the Ethernet header.
+const ETHERNET: usize = 14;
+/// Extension headers that are walked; RFC 8200 §4.1 knows of six in a sane packet.
+const MAX_EXTENSIONS: u32 = 6;
+
+/// Ethernet header.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Ethernet {
+    pub destination: [u8; 6],
+    pub source: [u8; 6],
+    /// Network order.
+    kind: u16,
+}
+
+/// ARP for IPv4 over Ethernet (RFC 826).
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Arp {
+    hardware: u16,
+    protocol: u16,
+    hardware_length: u8,
+    protocol_length: u8,
+    operation: u16,
+    pub sender_mac: [u8; 6],
+    sender_ip: [u16; 2],
+    target_mac: [u8; 6],
+    target_ip: [u16; 2],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Ipv4 {
+    version_and_length: u8,
+    service: u8,
+    total_length: u16,
+    id: u16,
+    fragment: u16,
+    ttl: u8,
+    protocol: u8,
+    checksum: u16,
+    source: u32,
+    destination: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Ipv6 {
+    version: u32,
+    payload_length: u16,
+    next: u8,
+    hops: u8,
+    source: [u32; 4],
+    destination: [u32; 4],
+}
+
+/// An IP packet.
+#[derive(Clone, Copy)]
+pub struct Packet {
+    /// Addresses; the ports are zero until [`Packet::read_ports`].
+    pub flow: FlowKey,
+    /// IP protocol number, after extension headers.
+    pub protocol: u16,
+    /// Where that protocol's header begins.
+    pub transport: usize,
+    /// Not the first fragment: the protocol's header is in another packet.
+    pub later_fragment: bool,
+    /// Extension headers, or fragmentation, come before the protocol's header.
+    pub extended: bool,
+}
+
+impl Ethernet {
+    /// The Ethernet header.
+    #[inline(always)]
+    pub fn read(ctx: &TcContext) -> Option<Self> {
+        ctx.load(0).ok()
+    }
+
+    /// The Ethernet type, in host order.
+    #[inline(always)]
+    pub fn kind(&self) -> u16 {
+        u16::from_be(self.kind)
+    }
+}
+
+impl Arp {
+    /// An ARP packet of the one kind there is on Ethernet.
+    #[inline(always)]
+    pub fn read(ctx: &TcContext) -> Option<Self> {
+        let arp: Self = ctx.load(ETHERNET).ok()?;
+        let usual = arp.hardware == 1_u16.to_be()
+            && arp.protocol == ETHERTYPE_IPV4.to_be()
+            && arp.hardware_length == 6
+            && arp.protocol_length == 4;
+        usual.then_some(arp)
+    }
+
+    /// Who says so.
+    #[inline(always)]
+    pub fn sender(&self) -> Address {
+        Address::v4(word(self.sender_ip))
+    }
+
+    /// Who is asked for, or told.
+    #[inline(always)]
+    pub fn target(&self) -> Address {
+        Address::v4(word(self.target_ip))
+    }
+}
+
+#[inline(always)]
+fn word(halves: [u16; 2]) -> u32 {
+    u32::from(halves[0]) | u32::from(halves[1]) << 16
+}
+
+impl Packet {
+    /// The IP packet in a frame of type `kind`.
+    #[inline(always)]
+    pub fn read(ctx: &TcContext, kind: u16) -> Option<Self> {
+        match kind {
+            ETHERTYPE_IPV4 => Self::read_v4(ctx),
+            ETHERTYPE_IPV6 => Self::read_v6(ctx),
+            _ => None,
+        }
+    }
+
+    #[inline(always)]
+    fn read_v4(ctx: &TcContext) -> Option<Self> {
+        let header: Ipv4 = ctx.load(ETHERNET).ok()?;
+        let length = usize::from(header.version_and_length & 0xf) * 4;
+        if header.version_and_length >> 4 != 4 || length < size_of::<Ipv4>() {
+            return None;
+        }
+        let fragment = u16::from_be(header.fragment);
+        Some(Self {
+            flow: flow(Address::v4(header.source), Address::v4(header.destination)),
+            protocol: u16::from(header.protocol),
+            transport: ETHERNET + length,
+            later_fragment: fragment & 0x1fff != 0,
+            extended: fragment & 0x3fff != 0,
+        })
+    }
+
+    #[inline(always)]
+    fn read_v6(ctx: &TcContext) -> Option<Self> {
+        let header: Ipv6 = ctx.load(ETHERNET).ok()?;
+        if header.version.to_be() >> 28 != 6 {
+            return None;
+        }
+        let (source, destination) = (Address::v6(header.source), Address::v6(header.destination));
+        // On the wire these are forbidden (RFC 4291 §2.5.5.2), and in our tables they mean IPv4.
+        if source.is_v4() || destination.is_v4() {
+            return None;
+        }
+        let mut packet = Self {
+            flow: flow(source, destination),
+            protocol: u16::from(header.next),
+            transport: ETHERNET + size_of::<Ipv6>(),
+            later_fragment: false,
+            extended: false,
+        };
+        packet.skip_extensions(ctx)?;
+        Some(packet)
+    }
+
+    /// Walks extension headers (RFC 8200 §4) up to the transport's.
+    #[inline(always)]
+    fn skip_extensions(&mut self, ctx: &TcContext) -> Option<()> {
+        let mut walked = 0;
+        while walked < MAX_EXTENSIONS {
+            let length = match self.protocol {
+                // Hop-by-hop, routing, destination options.
+                0 | 43 | 60 => usize::from(self.extension(ctx)?[1]) * 8 + 8,
+                // Fragment.
+                44 => {
+                    let header = self.extension(ctx)?;
+                    self.later_fragment = u16::from_be_bytes([header[2], header[3]]) & 0xfff8 != 0;
+                    8
+                }
+                // Authentication.
+                51 => usize::from(self.extension(ctx)?[1]) * 4 + 8,
+                _ => return Some(()),
+            };
+            self.protocol = u16::from(self.extension(ctx)?[0]);
+            self.transport += length;
+            self.extended = true;
+            if self.later_fragment {
+                return Some(());
+            }
+            walked += 1;
+        }
+        None
+    }
+
+    #[inline(always)]
+    fn extension(&self, ctx: &TcContext) -> Option<[u8; 4]> {
+        ctx.load(self.transport).ok()
+    }
+
+    /// Reads the ports of TCP or UDP into the flow.
+    #[inline(always)]
+    pub fn read_ports(&mut self, ctx: &TcContext) -> Option<()> {
+        let ports: [u16; 2] = ctx.load(self.transport).ok()?;
+        self.flow.source_port = u16::from_be(ports[0]);
+        self.flow.destination_port = u16::from_be(ports[1]);
+        Some(())
+    }
+}
+
+#[inline(always)]
+fn flow(source: Address, destination: Address) -> FlowKey {
+    FlowKey { source, destination, source_port: 0, destination_port: 0 }
+}
