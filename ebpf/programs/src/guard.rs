@@ -5,9 +5,7 @@
 
 use aya_ebpf::programs::TcContext;
 use culvert_ebpf_common::event::{PROTOCOL_TCP, PROTOCOL_UDP};
-use culvert_ebpf_common::{
-    Address, Admission, Arrival, EventKind, FlowKey, Source, WORKLOAD_LOOKUP, Workload, admit,
-};
+use culvert_ebpf_common::{Address, Admission, Arrival, EventKind, FlowKey, Source, WORKLOAD_LOOKUP, Workload, admit};
 
 use crate::packet::{Arp, ETHERTYPE_ARP, Ethernet, ICMPV6, Packet};
 use crate::tables::{authorised, field, port_kind, workload_by_address, workload_by_interface};
@@ -32,7 +30,9 @@ pub fn from_workload(ctx: &TcContext) -> bool {
     if kind == ETHERTYPE_ARP {
         let Some(arp) = Arp::read(ctx) else { return spoofed(workload, &nothing(), kind) };
         let sender = arp.sender();
-        if own_mac && same_mac(&arp.sender_mac, &workload.mac) && (sender.same(&workload.address4) || sender.words[3] == 0)
+        if own_mac
+            && same_mac(&arp.sender_mac, &workload.mac)
+            && (sender.same(&workload.address4) || sender.words[3] == 0)
         {
             return true;
         }

@@ -39,8 +39,7 @@ fn connecting(ctx: &SockOpsContext) {
         return;
     }
     let flow = flow(ctx, connection.flow.destination.is_v4());
-    if !flow.destination.same(&connection.flow.destination)
-        || flow.destination_port != connection.flow.destination_port
+    if !flow.destination.same(&connection.flow.destination) || flow.destination_port != connection.flow.destination_port
     {
         return;
     }
