@@ -1,7 +1,8 @@
 //! The functions of job files. Those that Nomad has and culvert has not are refused by name.
 
 use super::convert::{to_bool, to_number, to_text};
-use super::eval::{Budget, member, not_known_yet};
+use super::eval::{Budget, not_known_yet};
+use super::traverse::member;
 use super::{Problem, Value, format};
 use crate::Template;
 use hcl_edit::Number;

@@ -7,6 +7,9 @@ mod convert;
 mod eval;
 mod format;
 mod functions;
+mod operate;
+mod strings;
+mod traverse;
 mod value;
 
 pub(crate) use convert::{Type, to_bool, to_integer, to_text};

@@ -28,14 +28,15 @@ impl Value {
         }
     }
 
-    /// A measure of the memory it holds.
+    /// Bytes of memory that it holds, roughly.
     pub(crate) fn size(&self) -> usize {
-        match self {
-            Self::Null | Self::Bool(_) | Self::Number(_) => 1,
-            Self::Text(text) => 1 + text.size(),
-            Self::List(items) => 1 + items.iter().map(Self::size).sum::<usize>(),
-            Self::Map(items) => 1 + items.iter().map(|(key, value)| key.len() + value.size()).sum::<usize>(),
-        }
+        let held = match self {
+            Self::Null | Self::Bool(_) | Self::Number(_) => 0,
+            Self::Text(text) => text.size(),
+            Self::List(items) => items.iter().map(Self::size).sum(),
+            Self::Map(items) => items.iter().map(|(key, value)| size_of::<String>() + key.len() + value.size()).sum(),
+        };
+        size_of::<Self>() + held
     }
 
     /// Collections inside collections; 0 for a value that is none.
