@@ -5,8 +5,8 @@
 //! here means "proxied", never "allowed".
 //!
 //! Programs, maps and links outlive the agent. [`Datapath::load`] finds what an earlier agent left: maps of the same layout go on being
-//! used, and links are pointed at the new programs without a moment in between. What another layout left goes when its place is
-//! taken ([`Datapath::attach`]), or at [`Datapath::finish_takeover`].
+//! used, and links are pointed at the new programs without a moment in between. What another layout left works beside the new until
+//! [`Datapath::finish_takeover`].
 //!
 //! Calls are made on a thread in the agent's own network namespace, where the host's ends of the veths are.
 
@@ -33,6 +33,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use aya::maps::{HashMap, MapData, MapError, RingBuf, SockHash};
@@ -62,6 +63,9 @@ use crate::sys::bpf::{self, AttachType, LinkTarget};
 const NOEXIST: u64 = 1;
 /// A workload whose listening socket was not found is searched at most this often.
 const SEARCH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Between the end of a former layout's connect programs and that of its other programs: longer than a SYN is on its way.
+pub const TAKEOVER_GRACE: Duration = Duration::from_millis(200);
 
 /// Where the datapath lives, and its limits.
 #[derive(Clone, Debug)]
@@ -332,7 +336,6 @@ impl Datapath {
         self.tc
             .attach(&mut self.kernel, &self.generation, links)
             .map_err(at("attach to the host's end of its veth"))?;
-        self.retire_links(links.id, &["in", "out"]).map_err(at("remove what another layout had attached"))?;
         let program = self.kernel.program(LOOKUP).map_err(at("find the lookup program"))?;
         let target = LinkTarget::Netns(inode);
         self.generation
@@ -340,7 +343,6 @@ impl Datapath {
                 bpf::attach_to_fd(program, &netns, AttachType::SkLookup)
             })
             .map_err(at("attach to its network namespace"))?;
-        self.retire_links(links.id, &["lookup"]).map_err(at("remove what another layout had attached"))?;
 
         listeners::adopt(&mut self.kernel.listeners, links.id, netns.as_fd(), &self.cgroup)
             .map_err(at("list its listening sockets"))?;
@@ -456,11 +458,22 @@ impl Datapath {
         Ok(known)
     }
 
-    /// Removes what programs of another layout have left, once every live workload was attached.
+    /// Removes what programs of another layout have left, once every live workload was attached and the tables were applied. Until
+    /// then both work side by side: a connection that either has given leave to is let through. Waits [`TAKEOVER_GRACE`] if there is
+    /// something to remove. Connections that the former programs had opened live on, but tell the instance's address as their
+    /// peer's, and their end is not told.
     ///
     /// # Errors
     /// When a pin cannot be removed; may be repeated.
     pub fn finish_takeover(&mut self) -> io::Result<()> {
+        if self.older.is_empty() {
+            return Ok(());
+        }
+        for generation in &self.older {
+            // First nobody is led by them any more, then nobody needs their leave.
+            generation.remove_links("connect")?;
+        }
+        thread::sleep(TAKEOVER_GRACE);
         while let Some(generation) = self.older.last() {
             generation.remove()?;
             self.older.pop();
@@ -546,16 +559,6 @@ impl Datapath {
         remove_sockets(&mut kernel.steered, id).map_err(table("STEERED"))?;
         remove_if(&mut kernel.ports, |key| key.workload == id).map_err(table("PORTS"))?;
         ignore_absent(kernel.quota.remove(&id)).map_err(table("QUOTA"))
-    }
-
-    /// Removes links of a workload that belong to another layout; their successors are attached.
-    fn retire_links(&self, workload: u32, kinds: &[&str]) -> io::Result<()> {
-        for generation in &self.older {
-            for kind in kinds {
-                generation.remove_link(&link_name(workload, kind))?;
-            }
-        }
-        Ok(())
     }
 }
 

@@ -7,10 +7,11 @@
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 #![allow(clippy::print_stderr, reason = "a skipped test says so")]
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,7 +20,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use culvert_agent::datapath::{
-    Datapath, DatapathConfig, Instance, KernelEvent, Upstream, UpstreamKey, WorkloadLinks, unified_root,
+    Datapath, DatapathConfig, FlowEnds, Instance, KernelEvent, PortKind, Upstream, UpstreamKey, WorkloadLinks,
+    unified_root,
 };
 use nix::sched::{CloneFlags, setns};
 use tokio::sync::mpsc;
@@ -269,6 +271,11 @@ impl EchoServer {
         server
     }
 
+    /// The listening socket.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+
     /// Connections accepted so far.
     pub fn accepted(&self) -> usize {
         self.accepted.load(Ordering::SeqCst)
@@ -390,4 +397,118 @@ fn remove_pins(directory: &Path) {
         }
     }
     fs::remove_dir(directory).ok();
+}
+
+/// Port of the application in [`Pair`].
+pub const APP: u16 = 9001;
+/// Port of the upstream in [`Pair`].
+pub const UPSTREAM: u16 = 8080;
+
+/// The upstream's address in the calling workload.
+pub fn upstream4() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, UPSTREAM).into()
+}
+
+/// The same, in IPv6.
+pub fn upstream6() -> SocketAddr {
+    (Ipv6Addr::LOCALHOST, UPSTREAM).into()
+}
+
+/// Two workloads: `a` may call `b`'s application through its upstream, directly, over both families.
+pub struct Pair {
+    pub datapath: Datapath,
+    pub events: Events,
+    pub a: TestWorkload,
+    pub b: TestWorkload,
+    pub world: World,
+}
+
+impl Pair {
+    pub fn new(name: &str) -> Option<Self> {
+        Self::with(name, |_| {})
+    }
+
+    /// With settings of the test's own.
+    pub fn with(name: &str, settings: impl FnOnce(&mut DatapathConfig)) -> Option<Self> {
+        let mut world = World::new(name)?;
+        let (a, b) = (world.workload(1), world.workload(2));
+        let mut config = world.config();
+        settings(&mut config);
+        let (datapath, events) = world.load_with(&config);
+        let mut pair = Self { datapath, events, a, b, world };
+        pair.attach();
+        Some(pair)
+    }
+
+    /// Attaches both, guards the application, opens the upstream.
+    pub fn attach(&mut self) {
+        self.datapath.attach(&self.a.links()).expect("attached");
+        self.datapath.attach(&self.b.links()).expect("attached");
+        self.datapath.set_ports(self.b.id, &[(APP, PortKind::Protected)]).expect("ports");
+        self.datapath.apply(&self.desired()).expect("applied");
+    }
+
+    /// Replaces the datapath by one that is loaded now, as the next agent does.
+    pub fn reload(self) -> Self {
+        let Self { datapath, events, a, b, world } = self;
+        drop((datapath, events));
+        let (datapath, events) = world.load();
+        let mut pair = Self { datapath, events, a, b, world };
+        pair.attach();
+        pair
+    }
+
+    /// The upstream in both families.
+    pub fn desired(&self) -> BTreeMap<UpstreamKey, Upstream> {
+        let instances = [self.b.instance(APP)];
+        BTreeMap::from([upstream(&self.a, upstream4(), &instances), upstream(&self.a, upstream6(), &instances)])
+    }
+
+    /// Between whom connections live.
+    pub fn ends(&self) -> BTreeSet<FlowEnds> {
+        BTreeSet::from([FlowEnds { source: self.a.id, destination: self.b.id, port: APP }])
+    }
+
+    /// What listens where the worker would: connections that do not take the direct path end here.
+    pub fn proxy(&self) -> EchoServer {
+        self.a.serve("127.0.0.1:8080", "proxy")
+    }
+
+    /// Frames to `b` find their way without asking: a lost answer would delay the test.
+    pub fn settle_neighbours(&self) {
+        for (workload, other) in [(&self.a, &self.b), (&self.b, &self.a)] {
+            let mac = other.mac.map(|byte| format!("{byte:02x}")).join(":");
+            workload.ip(&format!("neigh replace {} lladdr {mac} dev eth0 nud permanent", other.addr4));
+        }
+    }
+
+    /// Loses every frame to and from `b`, or no more.
+    pub fn lose_frames(&self, lose: bool) {
+        ip(&format!("link set v{} {}", self.b.id, if lose { "down" } else { "up" }));
+    }
+}
+
+/// A pinned table of the world, as the kernel holds it.
+pub fn table<K: aya::Pod, V: aya::Pod>(world: &World, name: &str) -> aya::maps::HashMap<aya::maps::MapData, K, V> {
+    let generation = generations(world).pop().expect("a generation");
+    let map = aya::maps::MapData::from_pin(generation.join("maps").join(name)).expect("a pinned map");
+    let map = if name == "AUTH" { aya::maps::Map::LruHashMap(map) } else { aya::maps::Map::HashMap(map) };
+    map.try_into().expect("a table of this type")
+}
+
+/// Directories of pins, oldest first.
+pub fn generations(world: &World) -> Vec<PathBuf> {
+    let entries = fs::read_dir(world.config().bpf_dir).into_iter().flatten().flatten();
+    let mut found: Vec<_> = entries.map(|entry| entry.path()).collect();
+    found.sort_by_key(|path| path.to_string_lossy().rsplit('-').next().and_then(|number| number.parse::<u64>().ok()));
+    found
+}
+
+/// Names of pinned links.
+pub fn links(world: &World) -> Vec<String> {
+    let directories = generations(world).into_iter().filter_map(|path| fs::read_dir(path.join("links")).ok());
+    let mut names: Vec<_> =
+        directories.flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    names
 }

@@ -4,16 +4,18 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_sock;
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_sk_storage_delete};
 use aya_ebpf::programs::SockAddrContext;
+use culvert_ebpf_common::event::PROTOCOL_TCP;
 use culvert_ebpf_common::{
-    Address, Connection, FAMILY_V4, FAMILY_V6, FlowKey, Instance, MAX_INSTANCES, PHASE_CHOSEN, UpstreamKey, Workload,
+    Address, Connection, EventKind, FAMILY_V4, FAMILY_V6, FlowKey, Instance, MAX_INSTANCES, PHASE_CHOSEN, UpstreamKey,
+    Workload,
 };
 
 use crate::tables::{
-    CONNECTIONS, QUOTA, SETTINGS, connection, field, listens, now, upstream, words, workload_by_address,
+    CONNECTIONS, QUOTA, SETTINGS, connection, field, listens, now, port_kind, upstream, words, workload_by_address,
     workload_by_netns,
 };
+use crate::tell;
 
-const IPPROTO_TCP: u32 = 6;
 /// Instances tried for one that listens, before the connection is left to the worker.
 const TRIES: u32 = 4;
 
@@ -91,7 +93,7 @@ fn redirect(ctx: &SockAddrContext, asked: Address, bound: Address, family: u8) -
 #[inline(always)]
 fn choose(ctx: &SockAddrContext, asked: Address, bound: Address, family: u8) -> Option<(Address, u16)> {
     let (protocol, port) = (field!(ctx.sock_addr, protocol), field!(ctx.sock_addr, user_port));
-    if !asked.is_loopback() || protocol != IPPROTO_TCP {
+    if !asked.is_loopback() || protocol != u32::from(PROTOCOL_TCP) {
         return None;
     }
     // SAFETY: the helper accepts this context.
@@ -114,7 +116,7 @@ fn choose(ctx: &SockAddrContext, asked: Address, bound: Address, family: u8) -> 
             return None;
         }
         let instance = &entry.instances[at];
-        let Some(address) = reachable(instance, family) else { continue };
+        let Some(address) = reachable(source, instance, family) else { continue };
         let mut fresh = Connection {
             upstream: key,
             epoch: entry.epoch,
@@ -140,11 +142,25 @@ fn choose(ctx: &SockAddrContext, asked: Address, bound: Address, family: u8) -> 
 
 /// The instance's address in the wanted family, if the instance can be reached directly.
 #[inline(always)]
-fn reachable(instance: &Instance, family: u8) -> Option<Address> {
+fn reachable(source: &Workload, instance: &Instance, family: u8) -> Option<Address> {
     let address = if family == FAMILY_V4 { instance.address4 } else { instance.address6 };
     let workload = workload_by_address(&address)?;
-    (workload.id == instance.workload && workload.ready() && listens(instance.workload, instance.port, family))
-        .then_some(address)
+    let guarded = matches!(port_kind(instance.workload, instance.port), PORT_PROTECTED | PORT_PUBLISHED);
+    if workload.id != instance.workload || !workload.ready() || !guarded {
+        return None;
+    }
+    if !listens(instance.workload, instance.port, family) {
+        // Perhaps it does listen, and the table does not know: the agent looks.
+        let flow = FlowKey {
+            source: if family == FAMILY_V4 { source.address4 } else { source.address6 },
+            destination: address,
+            source_port: 0,
+            destination_port: instance.port,
+        };
+        tell::packet(EventKind::NoListener, &flow, PROTOCOL_TCP, source.id, workload.id, workload.id);
+        return None;
+    }
+    Some(address)
 }
 
 /// Is the socket free to leave from the workload's own address? One that is bound to a loopback address or to a device is not.
