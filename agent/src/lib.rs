@@ -2,12 +2,17 @@
 
 #![deny(unsafe_code)]
 
+pub mod config;
 pub mod datapath;
 pub mod events;
 pub mod lock;
+mod metrics;
+pub mod node;
+pub mod policy;
+mod report;
+mod routes;
+pub mod runner;
 pub mod sys;
 pub mod task;
-pub mod workload;
-pub mod config;
-mod report;
 pub mod worker;
+pub mod workload;

@@ -10,7 +10,7 @@ use crate::events::EventHub;
 use crate::worker::{WorkerHandle, WorkerView};
 
 /// Adds the node's metrics to the exposition of `hub`.
-pub fn register(hub: &EventHub, worker: &WorkerHandle, control: &Control) {
+pub(crate) fn register(hub: &EventHub, worker: &WorkerHandle, control: &Control) {
     let view = worker.view();
     hub.register(|registry| registry.register_collector(Box::new(WorkerMetrics { view })));
     hub.register(|registry| control.register_metrics(registry));
@@ -27,7 +27,12 @@ impl Collector for WorkerMetrics {
         let view = self.view.borrow().clone();
         let number = |value: u64| ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
         let restarts = number(view.restarts);
-        let descriptor = encoder.encode_descriptor("worker_restarts", "Starts of the worker after the first", None, restarts.metric_type())?;
+        let descriptor = encoder.encode_descriptor(
+            "worker_restarts",
+            "Starts of the worker after the first",
+            None,
+            restarts.metric_type(),
+        )?;
         restarts.encode(descriptor)?;
         let mut family = encoder.encode_descriptor(
             "leaf_not_after",
@@ -49,8 +54,12 @@ impl Collector for WorkerMetrics {
             let labels = [("proxy", proxy.proxy.as_str()), ("version", proxy.xds_version.as_deref().unwrap_or("none"))];
             number(1).encode(family.encode_family(&labels)?)?;
         }
-        let mut family =
-            encoder.encode_descriptor("proxy_ready", "1 when the worker accepts for the proxy", None, restarts.metric_type())?;
+        let mut family = encoder.encode_descriptor(
+            "proxy_ready",
+            "1 when the worker accepts for the proxy",
+            None,
+            restarts.metric_type(),
+        )?;
         for proxy in view.proxies.values() {
             number(u64::from(proxy.ready)).encode(family.encode_family(&[("proxy", proxy.proxy.as_str())])?)?;
         }

@@ -11,7 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail};
-use culvert_control::{CONSUL_VERSION, Control, ControlConfig, HttpLimits, Reloadable};
+use culvert_control::ca::{CaSettings, Clock};
+use culvert_control::xds::XdsLimits;
+use culvert_control::{CONSUL_VERSION, Control, ControlConfig, HttpLimits, Reloadable, XdsPeer};
 use culvert_jobspec::NodeContext;
 use culvert_types::ConnectionEvent;
 use tokio::net::UnixStream;
@@ -53,7 +55,8 @@ pub fn run(settings: AgentSettings, again: SettingsSource) -> anyhow::Result<()>
     make_private(&data_dir)?;
     lock::take(&data_dir, now())?;
     let node_file = NodeFile::load_or_create(&data_dir)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("node").enable_all().build()?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("node").enable_all().build()?;
     let control_runtime = unprivileged_runtime()?;
     let result = runtime.block_on(serve(settings, again, node_file, &control_runtime));
     control_runtime.shutdown_timeout(Duration::from_secs(2));
@@ -113,10 +116,11 @@ async fn serve(
         node: OnceCell::new(),
     });
     let netns = NetnsTable::new(Handle::current());
-    let config = control_config(&settings, &node_name, &node_file, advertise, &data_dir);
-    let router = routes::router(Arc::clone(&routes_state));
+    let routes = routes::router(Arc::clone(&routes_state));
+    let config = control_config(&settings, &node_name, &node_file, advertise, routes);
     let dialer = Arc::new(netns.clone());
-    let control = on(control_runtime.handle(), Control::start(config, dialer, router)).await?.context("control plane")?;
+    let control = on(control_runtime.handle(), async { Control::start(config, dialer).await }).await?;
+    let control = control.context("control plane")?;
     let control = Arc::new(control);
     info!(http = ?control.http_addrs(), node = node_name, "culvert agent serves");
 
@@ -184,22 +188,25 @@ fn control_config(
     node_name: &str,
     node_file: &NodeFile,
     advertise: IpAddr,
-    data_dir: &Path,
+    routes: axum::Router,
 ) -> ControlConfig {
     ControlConfig {
         node_name: node_name.to_owned(),
-        node_id: node_file.node_id.clone(),
+        node_id: node_file.node_id.to_string(),
         datacenter: settings.datacenter.clone(),
-        data_dir: (!settings.dev).then(|| data_dir.to_owned()),
+        data_dir: (!settings.dev).then(|| settings.data_dir()),
         http: vec![SocketAddr::new(settings.client_addr, settings.http_port)],
         grpc: settings.grpc_port.map(|port| SocketAddr::new(settings.client_addr, port)),
         advertise,
         settings: reloadable(settings),
-        leaf_ttl: settings.leaf_ttl,
+        ca: CaSettings { leaf_ttl: settings.leaf_ttl, ..CaSettings::default() },
+        clock: Clock::system(),
         sidecar_ports: settings.sidecar_ports.clone(),
         version: CONSUL_VERSION,
         dev: settings.dev,
         limits: HttpLimits::default(),
+        xds_limits: XdsLimits::default(),
+        routes,
     }
 }
 
@@ -252,7 +259,7 @@ fn node_context(settings: &AgentSettings, node_name: &str, node_file: &NodeFile)
         ("culvert.version", env!("CARGO_PKG_VERSION").to_owned()),
     ];
     NodeContext {
-        id: node_file.node_id.clone(),
+        id: node_file.node_id.to_string(),
         name: node_name.to_owned(),
         datacenter: settings.datacenter.to_string(),
         attributes: attributes.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
@@ -290,7 +297,7 @@ struct NodeSurroundings {
 impl Surroundings for NodeSurroundings {
     fn connect_xds(&self, stream: UnixStream) {
         let _on_threads_without_capabilities = self.control_runtime.enter();
-        self.control.serve_xds(stream);
+        self.control.serve_xds(stream, XdsPeer::Node);
     }
 
     fn inbound_listener(&self, proxy: &str, port: u16, listener: BorrowedFd<'_>) {
@@ -371,7 +378,7 @@ impl Agent {
             warn!("some changed settings need a restart; only encryption and default_intention_policy are applied");
         }
         self.settings = changeable;
-        self.control.reload(reloadable(&self.settings)).await;
+        self.control.reload(reloadable(&self.settings));
         info!(encryption = %self.settings.encryption, default_policy = %self.settings.default_policy(), "configuration reloaded");
         Ok(())
     }
@@ -392,4 +399,3 @@ impl Agent {
         on(control_runtime.handle(), async move { control.shutdown().await }).await
     }
 }
-

@@ -47,14 +47,16 @@ pub struct Measured {
 
 impl Measured {
     fn of(histogram: &Histogram<u64>, count: u64, elapsed: Duration) -> Self {
-        let durations = histogram.iter_recorded().map(|step| (step.value_iterated_to(), step.count_at_value())).collect();
+        let durations =
+            histogram.iter_recorded().map(|step| (step.value_iterated_to(), step.count_at_value())).collect();
         Self { count, nanos: u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX), durations }
     }
 }
 
 /// Serves echo, sink and hold connections for ever.
 pub fn serve(addresses: &[SocketAddr]) -> anyhow::Result<()> {
-    let listeners = addresses.iter().map(|address| TcpListener::bind(address).with_context(|| format!("bind {address}")));
+    let listeners =
+        addresses.iter().map(|address| TcpListener::bind(address).with_context(|| format!("bind {address}")));
     let threads: Vec<_> = listeners
         .collect::<anyhow::Result<Vec<_>>>()?
         .into_iter()

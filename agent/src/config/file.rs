@@ -16,16 +16,79 @@ const MAX_DEPTH: usize = 16;
 
 /// Keys that Consul's agent knows and culvert does not honour yet. A prefix stands for everything below it.
 const KNOWN: &[&str] = &[
-    "acl", "addresses", "advertise_addr_wan", "alt_domain", "auto_config", "auto_encrypt", "auto_reload_config", "autopilot",
-    "bootstrap", "bootstrap_expect", "ca_file", "ca_path", "cache", "cert_file", "check", "checks", "check_update_interval",
-    "config_entries", "connect", "default_query_time", "disable_remote_exec", "disable_update_check", "dns_config", "domain",
-    "enable_debug", "enable_local_script_checks", "enable_script_checks", "enable_syslog", "encrypt",
-    "encrypt_verify_incoming", "encrypt_verify_outgoing", "gossip_lan", "gossip_wan", "http_config", "key_file",
-    "leave_on_terminate", "license_path", "limits", "log_file", "log_json", "max_query_time", "node_id", "node_meta", "peering",
-    "performance", "pid_file", "ports", "primary_datacenter", "raft_protocol", "recursors", "rejoin_after_leave",
-    "retry_interval", "retry_join", "retry_join_wan", "retry_max", "service", "services", "session_ttl_min",
-    "skip_leave_on_interrupt", "start_join", "tagged_addresses", "telemetry", "tls", "translate_wan_addrs", "ui", "ui_config",
-    "unix_sockets", "use_streaming_backend", "verify_incoming", "verify_outgoing", "verify_server_hostname", "watches", "xds",
+    "acl",
+    "addresses",
+    "advertise_addr_wan",
+    "alt_domain",
+    "auto_config",
+    "auto_encrypt",
+    "auto_reload_config",
+    "autopilot",
+    "bootstrap",
+    "bootstrap_expect",
+    "ca_file",
+    "ca_path",
+    "cache",
+    "cert_file",
+    "check",
+    "checks",
+    "check_update_interval",
+    "config_entries",
+    "connect",
+    "default_query_time",
+    "disable_remote_exec",
+    "disable_update_check",
+    "dns_config",
+    "domain",
+    "enable_debug",
+    "enable_local_script_checks",
+    "enable_script_checks",
+    "enable_syslog",
+    "encrypt",
+    "encrypt_verify_incoming",
+    "encrypt_verify_outgoing",
+    "gossip_lan",
+    "gossip_wan",
+    "http_config",
+    "key_file",
+    "leave_on_terminate",
+    "license_path",
+    "limits",
+    "log_file",
+    "log_json",
+    "max_query_time",
+    "node_id",
+    "node_meta",
+    "peering",
+    "performance",
+    "pid_file",
+    "ports",
+    "primary_datacenter",
+    "raft_protocol",
+    "recursors",
+    "rejoin_after_leave",
+    "retry_interval",
+    "retry_join",
+    "retry_join_wan",
+    "retry_max",
+    "service",
+    "services",
+    "session_ttl_min",
+    "skip_leave_on_interrupt",
+    "start_join",
+    "tagged_addresses",
+    "telemetry",
+    "tls",
+    "translate_wan_addrs",
+    "ui",
+    "ui_config",
+    "unix_sockets",
+    "use_streaming_backend",
+    "verify_incoming",
+    "verify_outgoing",
+    "verify_server_hostname",
+    "watches",
+    "xds",
 ];
 
 /// A configuration that cannot be used.
@@ -80,7 +143,9 @@ impl Setting {
         match self.value {
             Value::Number(number) if number == 0.0 || number == -1.0 => Ok(None),
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be a whole u16")]
-            Value::Number(number) if number.fract() == 0.0 && (1.0..=65535.0).contains(&number) => Ok(Some(number as u16)),
+            Value::Number(number) if number.fract() == 0.0 && (1.0..=65535.0).contains(&number) => {
+                Ok(Some(number as u16))
+            }
             _ => Err(self.refuse("a port (1 to 65535, or -1 for off) is expected")),
         }
     }
@@ -115,7 +180,8 @@ pub(super) fn load(path: &Path) -> Result<String, ConfigError> {
 
 /// Every `.hcl` and `.json` of a folder, in lexical order.
 pub(super) fn in_folder(folder: &Path) -> Result<Vec<PathBuf>, ConfigError> {
-    let failed = |error: std::io::Error| ConfigError { place: folder.display().to_string(), message: error.to_string() };
+    let failed =
+        |error: std::io::Error| ConfigError { place: folder.display().to_string(), message: error.to_string() };
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(failed)? {
         let path = entry.map_err(failed)?.path();

@@ -147,7 +147,8 @@ impl AgentSettings {
             "cgroup_parent" => self.cgroup_parent = setting.text()?.to_owned(),
             "connect.enabled" if setting.boolean()? => {}
             "connect.ca_config.leaf_cert_ttl" => {
-                self.leaf_ttl = culvert_types::parse_go_duration(setting.text()?).map_err(|error| setting.refuse(error))?;
+                self.leaf_ttl =
+                    culvert_types::parse_go_duration(setting.text()?).map_err(|error| setting.refuse(error))?;
             }
             _ => return Err(file::unknown(setting)),
         }
@@ -178,7 +179,10 @@ mod tests {
 
     #[test]
     fn blocks_and_objects_mean_the_same() {
-        for text in ["ports { grpc = 8600 }\nencryption = \"between-nodes\"", "ports = { grpc = 8600 }\nencryption = \"between-nodes\""] {
+        for text in [
+            "ports { grpc = 8600 }\nencryption = \"between-nodes\"",
+            "ports = { grpc = 8600 }\nencryption = \"between-nodes\"",
+        ] {
             let settings = read(text).expect(text);
             assert_eq!((settings.grpc_port, settings.encryption), (Some(8600), Encryption::BetweenNodes));
         }

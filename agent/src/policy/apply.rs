@@ -1,8 +1,6 @@
 //! Brings the kernel in line with policy: on every change of the mesh, of the workloads, and when a certificate ends.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
-use std::net::IpAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -13,7 +11,7 @@ use tokio::sync::{Mutex, watch};
 use tracing::{error, info, warn};
 
 use super::{AttachedWorkload, Pair, Route, RouteKey, compile};
-use crate::datapath::{Datapath, FlowPair, Instance, PortKind, Upstream, UpstreamKey, WorkloadLinks};
+use crate::datapath::{Datapath, FlowEnds, Instance, PortKind, Upstream, UpstreamKey, WorkloadLinks};
 use crate::report::chain;
 use crate::workload::Workload;
 
@@ -44,18 +42,8 @@ impl Attachment {
     }
 }
 
-/// Two ends between which direct connections may be open: workload that calls, workload and port that are called.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-struct FlowEnds {
-    source: u32,
-    destination: u32,
-    port: u16,
-}
-
 struct Attached {
     attachment: Attachment,
-    netns: OwnedFd,
-    netns_cookie: u64,
     steered: BTreeSet<u16>,
 }
 
@@ -186,25 +174,20 @@ impl Inner {
         let Some(datapath) = &mut self.datapath else { return Ok(()) };
         let id = attachment.id;
         let workload = &attachment.workload;
-        let open = || -> io::Result<(OwnedFd, OwnedFd)> {
-            let netns = OwnedFd::from(std::fs::File::open(&workload.netns)?);
-            Ok((netns.try_clone()?, netns))
-        };
-        let (netns, for_links) = open().map_err(|error| format!("{}: {error}", workload.netns.display()))?;
         let links = WorkloadLinks {
             id,
-            netns: for_links,
+            netns: workload.netns.clone(),
             host_ifindex: workload.host_ifindex,
             addr4: workload.addr4,
             addr6: workload.addr6,
             mac: workload.mac.0,
         };
-        let netns_cookie = datapath.attach(&links).map_err(|error| chain(&error))?;
+        datapath.attach(&links).map_err(|error| chain(&error))?;
         let steered = self.attached.remove(&id).map(|attached| attached.steered).unwrap_or_default();
         let mut ports = attachment.ports();
         ports.extend(steered.iter().map(|port| (*port, PortKind::Steered)));
         datapath.set_ports(id, &ports).map_err(|error| chain(&error))?;
-        self.attached.insert(id, Attached { attachment, netns, netns_cookie, steered });
+        self.attached.insert(id, Attached { attachment, steered });
         self.reconcile(view);
         Ok(())
     }
@@ -242,7 +225,7 @@ impl Inner {
         let workloads: Vec<AttachedWorkload> = self.attached.values().map(Attached::workload).collect();
         let desired = compile(view, &workloads, SystemTime::now());
         if desired != self.routes {
-            let entries = entries(&desired, &self.attached, &mut self.pairs);
+            let entries = entries(&desired, &mut self.pairs);
             if let Err(error) = datapath.apply(&entries) {
                 // Removals come first, so what is in force is never more than what is allowed.
                 error!(error = chain(&error), "kernel routes are not up to date; trying again");
@@ -254,7 +237,7 @@ impl Inner {
         // Also pairs that this agent sees for the first time: connections of its predecessor may live there.
         let ends: BTreeSet<FlowEnds> = denied.difference(&self.denied).copied().collect();
         if !ends.is_empty() {
-            match destroy(datapath, &self.attached, &ends) {
+            match datapath.destroy_flows(&ends) {
                 Ok(0) => {}
                 Ok(count) => info!(count, "ended live direct connections that are denied now"),
                 Err(error) => {
@@ -268,16 +251,10 @@ impl Inner {
 }
 
 impl Attached {
-    fn addresses(&self) -> Vec<IpAddr> {
-        let workload = &self.attachment.workload;
-        std::iter::once(workload.addr4.into()).chain(workload.addr6.map(IpAddr::from)).collect()
-    }
-
     fn workload(&self) -> AttachedWorkload {
         let workload = &self.attachment.workload;
         AttachedWorkload {
             id: self.attachment.id,
-            netns_cookie: self.netns_cookie,
             address4: workload.addr4,
             address6: workload.addr6,
             sidecars: self.attachment.sidecars.clone(),
@@ -286,21 +263,16 @@ impl Attached {
 }
 
 /// The kernel's form of `routes`.
-fn entries(
-    routes: &BTreeMap<RouteKey, Route>,
-    attached: &BTreeMap<u32, Attached>,
-    pairs: &mut Vec<Pair>,
-) -> BTreeMap<UpstreamKey, Upstream> {
+fn entries(routes: &BTreeMap<RouteKey, Route>, pairs: &mut Vec<Pair>) -> BTreeMap<UpstreamKey, Upstream> {
     let mut entries = BTreeMap::new();
     for ((workload, bind), route) in routes {
-        let Some(source) = attached.get(workload) else { continue };
         let instances = route.instances.iter().map(|instance| Instance {
             workload: instance.workload,
             addr4: instance.address4,
             addr6: instance.address6,
             port: instance.port,
         });
-        let key = UpstreamKey { netns_cookie: source.netns_cookie, address: bind.ip(), port: bind.port() };
+        let key = UpstreamKey { workload: *workload, address: *bind };
         let (service, instances) = (number(pairs, route), instances.collect());
         entries.insert(key, Upstream { service, instances, not_after: Some(route.expires) });
     }
@@ -317,33 +289,6 @@ fn number(pairs: &mut Vec<Pair>, route: &Route) -> u32 {
     });
     pairs[index].rule.clone_from(&route.rule);
     u32::try_from(index + 1).unwrap_or(u32::MAX)
-}
-
-/// Ends live connections between `ends`, in both namespaces of each.
-fn destroy(
-    datapath: &Datapath,
-    attached: &BTreeMap<u32, Attached>,
-    ends: &BTreeSet<FlowEnds>,
-) -> io::Result<usize> {
-    let addresses = |id: u32| attached.get(&id).map(Attached::addresses).unwrap_or_default();
-    let mut by_workload: BTreeMap<u32, Vec<FlowPair>> = BTreeMap::new();
-    for end in ends {
-        for source in addresses(end.source) {
-            for destination in addresses(end.destination) {
-                if source.is_ipv4() == destination.is_ipv4() {
-                    let pair = FlowPair { source, destination, port: end.port };
-                    by_workload.entry(end.source).or_default().push(pair);
-                    by_workload.entry(end.destination).or_default().push(pair);
-                }
-            }
-        }
-    }
-    let mut count = 0;
-    for (id, pairs) in by_workload {
-        let Some(workload) = attached.get(&id) else { continue };
-        count += datapath.destroy_flows(workload.netns.as_fd(), &pairs)?;
-    }
-    Ok(count)
 }
 
 /// Ends between which upstreams are declared and which policy denies now. Health, encryption and expiry move new

@@ -25,7 +25,9 @@ pub async fn relay(
         let view = mesh.borrow().clone();
         let relay = Relay { policy: &policy, view: &view, hub: &hub };
         match event {
-            KernelEvent::Open(connection) => relay.connection(&connection, ConnectionKind::Open, Ended::default()).await,
+            KernelEvent::Open(connection) => {
+                relay.connection(&connection, ConnectionKind::Open, Ended::default()).await
+            }
             KernelEvent::Close { connection, bytes_to_destination, bytes_to_source, duration } => {
                 let ended = Ended { bytes_to_destination, bytes_to_source, duration };
                 relay.connection(&connection, ConnectionKind::Close, ended).await;
@@ -56,9 +58,10 @@ impl Relay<'_> {
     /// Both ends are here: each side is told once, as on the proxied path.
     async fn connection(&self, connection: &DirectConnection, kind: ConnectionKind, ended: Ended) {
         let Some(pair) = self.policy.pair(connection.service).await else { return };
-        for (inbound, workload, peer) in
-            [(false, connection.source, connection.flow.destination), (true, connection.destination, connection.flow.source)]
-        {
+        for (inbound, workload, peer) in [
+            (false, connection.source, connection.flow.destination),
+            (true, connection.destination, connection.flow.source),
+        ] {
             let service = if inbound { &pair.destination } else { &pair.source };
             let event = ConnectionEvent {
                 bytes_to_destination: ended.bytes_to_destination,
@@ -89,10 +92,10 @@ impl Relay<'_> {
         let source = self.service_of(packet.source).await;
         let destination = self.service_of(packet.destination).await;
         let inbound = reason != RefusalReason::Spoofed;
-        let (workload, service) =
-            if inbound { (packet.destination, &destination) } else { (packet.source, &source) };
+        let (workload, service) = if inbound { (packet.destination, &destination) } else { (packet.source, &source) };
         let Some(service) = service else { return };
-        let more = if packet.suppressed > 0 { format!(" ({} more not told)", packet.suppressed) } else { String::new() };
+        let more =
+            if packet.suppressed > 0 { format!(" ({} more not told)", packet.suppressed) } else { String::new() };
         let event = ConnectionEvent {
             verdict: Verdict::Deny,
             reason: Some(reason),

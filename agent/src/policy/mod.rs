@@ -24,8 +24,6 @@ pub use kernel_events::relay;
 pub struct AttachedWorkload {
     /// Number of the workload in the kernel tables.
     pub id: u32,
-    /// Cookie of its network namespace.
-    pub netns_cookie: u64,
     /// Its address on the bridge.
     pub address4: Ipv4Addr,
     /// Its IPv6 address on the bridge, where the node has IPv6.
@@ -99,7 +97,8 @@ pub fn compile(view: &MeshView, workloads: &[AttachedWorkload], now: SystemTime)
 
 /// An upstream on 127.0.0.1 is offered on ::1 as well, as the worker's listeners are.
 fn offered(bind: SocketAddr) -> impl Iterator<Item = SocketAddr> {
-    let v6 = (bind.ip() == IpAddr::from(Ipv4Addr::LOCALHOST)).then(|| SocketAddr::from((Ipv6Addr::LOCALHOST, bind.port())));
+    let v6 =
+        (bind.ip() == IpAddr::from(Ipv4Addr::LOCALHOST)).then(|| SocketAddr::from((Ipv6Addr::LOCALHOST, bind.port())));
     std::iter::once(bind).chain(v6)
 }
 

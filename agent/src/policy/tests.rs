@@ -37,7 +37,6 @@ fn instance(service: &str, upstreams: &[&str]) -> MeshInstance {
 fn workload(id: u32, service: &str) -> AttachedWorkload {
     AttachedWorkload {
         id,
-        netns_cookie: u64::from(id) + 100,
         address4: Ipv4Addr::new(172, 26, 64, u8::try_from(id).expect("few workloads")),
         address6: None,
         sidecars: vec![format!("{service}-sidecar-proxy")],

@@ -9,8 +9,8 @@ use axum::body::Bytes;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use culvert_api::{
-    AllocationStatus, JobListEntry, JobPlan, JobStatus, JobStopped, JobSubmission, JobSubmitted, ServiceStatus, TaskEvent,
-    TaskStatus, Timestamp,
+    AllocationStatus, JobListEntry, JobPlan, JobStatus, JobStopped, JobSubmission, JobSubmitted, ServiceStatus,
+    TaskEvent, TaskStatus, Timestamp,
 };
 use culvert_control::MeshView;
 use culvert_jobspec::Job;
@@ -35,7 +35,9 @@ impl From<SubmitError> for Failure {
         let status = match &error {
             SubmitError::UnknownJob(_) => StatusCode::NOT_FOUND,
             SubmitError::Record(_) => StatusCode::INTERNAL_SERVER_ERROR,
-            SubmitError::NotRunnable(_) | SubmitError::Datacenter { .. } | SubmitError::Port(_) => StatusCode::BAD_REQUEST,
+            SubmitError::NotRunnable(_) | SubmitError::Datacenter { .. } | SubmitError::Port(_) => {
+                StatusCode::BAD_REQUEST
+            }
         };
         Self(status, crate::report::chain(&error))
     }

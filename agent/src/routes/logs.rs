@@ -34,7 +34,8 @@ pub(super) async fn logs(
 ) -> Result<Response, Failure> {
     let not_found = |what: String| Failure(StatusCode::NOT_FOUND, what);
     let refused = |what: String| Failure(StatusCode::BAD_REQUEST, what);
-    let view = state.node()?.runner.allocation(&id).ok_or_else(|| not_found(format!("no allocation {id:?}, or several")))?;
+    let view =
+        state.node()?.runner.allocation(&id).ok_or_else(|| not_found(format!("no allocation {id:?}, or several")))?;
     check_task_name(&task).map_err(|error| refused(error.to_string()))?;
     if !view.record.job.group(&view.record.group).is_some_and(|group| group.tasks.iter().any(|one| one.name == task)) {
         return Err(not_found(format!("allocation {id:?} has no task {task:?}")));
@@ -75,7 +76,10 @@ async fn copy(prefix: &FilePath, tail: Option<u64>, follow: bool, pieces: &Piece
         drain(&mut file, pieces).await?;
         last = Some((number, file));
     }
-    while follow {
+    if !follow {
+        return Ok(());
+    }
+    loop {
         tokio::time::sleep(LOOK_EVERY).await;
         if pieces.is_closed() {
             return Ok(());
@@ -90,7 +94,6 @@ async fn copy(prefix: &FilePath, tail: Option<u64>, follow: bool, pieces: &Piece
             last = Some((number, file));
         }
     }
-    Ok(())
 }
 
 async fn drain(file: &mut File, pieces: &Pieces) -> std::io::Result<()> {

@@ -22,7 +22,7 @@ use crate::worker::WorkerHandle;
 
 /// What an operator may ask of the agent itself.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Ask {
+pub(crate) enum Ask {
     /// Read the configuration again.
     Reload,
     /// Stop everything, remove everything, end.
@@ -30,34 +30,33 @@ pub enum Ask {
 }
 
 /// What the handlers reach. The HTTP server starts before the rest of the node, so the rest is filled in later.
-pub struct RouteState {
+pub(crate) struct RouteState {
     /// Connection events.
-    pub hub: Arc<EventHub>,
+    pub(crate) hub: Arc<EventHub>,
     /// To the agent's main loop.
-    pub asks: mpsc::Sender<(Ask, tokio::sync::oneshot::Sender<Result<(), String>>)>,
+    pub(crate) asks: mpsc::Sender<(Ask, tokio::sync::oneshot::Sender<Result<(), String>>)>,
     /// Allocation directories are below.
-    pub data_dir: PathBuf,
+    pub(crate) data_dir: PathBuf,
     /// Why there is no eBPF, if there is none.
-    pub ebpf: OnceCell<Option<String>>,
+    pub(crate) ebpf: OnceCell<Option<String>>,
     /// The node, once it is up.
-    pub node: OnceCell<NodeState>,
+    pub(crate) node: OnceCell<NodeState>,
 }
 
 /// The parts that come up after the HTTP server.
-pub struct NodeState {
+pub(crate) struct NodeState {
     /// Jobs and allocations.
-    pub runner: Arc<Runner>,
+    pub(crate) runner: Arc<Runner>,
     /// Kernel tables.
-    pub policy: Arc<PolicyEngine>,
+    pub(crate) policy: Arc<PolicyEngine>,
     /// The worker.
-    pub worker: WorkerHandle,
+    pub(crate) worker: WorkerHandle,
     /// The mesh.
-    pub mesh: tokio::sync::watch::Receiver<Arc<culvert_control::MeshView>>,
+    pub(crate) mesh: tokio::sync::watch::Receiver<Arc<culvert_control::MeshView>>,
 }
 
 /// All routes.
-#[must_use]
-pub fn router(state: Arc<RouteState>) -> Router {
+pub(crate) fn router(state: Arc<RouteState>) -> Router {
     Router::new()
         .route("/v1/culvert/jobs", get(jobs::list).put(jobs::submit))
         .route("/v1/culvert/jobs/plan", post(jobs::plan).put(jobs::plan))

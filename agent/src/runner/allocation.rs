@@ -166,7 +166,7 @@ impl Allocation {
         let environment = self.context(&workload);
         let registrations = self.registrations(group, &workload, &environment)?;
         // Known before the first is registered: whatever happens on the way, all of them are deregistered in the end.
-        let planned = registrations.iter().map(|registration| ServiceView::planned(registration)).collect();
+        let planned = registrations.iter().map(ServiceView::planned).collect();
         self.view.send_modify(|view| view.services = planned);
         self.attach(&workload, &registrations).await?;
         self.node.network.publish(&self.id, &self.port_maps(group, None)).await?;
@@ -257,7 +257,9 @@ impl Allocation {
         services: &[ServiceView],
     ) -> Result<(), RunError> {
         for (registration, service) in registrations.iter().zip(services) {
-            let (Some(proxy), Some(inbound_port)) = (service.sidecar_id.clone(), service.sidecar_port) else { continue };
+            let (Some(proxy), Some(inbound_port)) = (service.sidecar_id.clone(), service.sidecar_port) else {
+                continue;
+            };
             self.node.netns.insert(&registration.service_id, &workload.netns, false);
             self.node.netns.insert(&proxy, &workload.netns, true);
             let (netns, upstreams) = (workload.netns.clone(), registration.upstreams.clone());
@@ -348,9 +350,10 @@ impl Allocation {
     /// Waits for the end. A task that failed for good takes its siblings along, and the services out of the catalog.
     async fn watch_until(&self, stop: &CancellationToken, stop_tasks: &CancellationToken) {
         let mut view = self.view.subscribe();
+        let failed = async { view.wait_for(|view| view.status == AllocationStatus::Failed).await.is_ok() };
         tokio::select! {
             () = stop.cancelled() => {}
-            _ = view.wait_for(|view| view.status == AllocationStatus::Failed) => {
+            _ = failed => {
                 self.deregister().await;
                 stop_tasks.cancel();
                 stop.cancelled().await;
@@ -387,12 +390,16 @@ impl Allocation {
         }
     }
 
-    async fn remove(&self) -> Result<(), RunError> {
-        self.node.network.remove(&self.id).await?;
+    fn forget_homes(&self) {
         for service in &self.view.borrow().services {
             self.node.netns.remove(&service.service_id);
             service.sidecar_id.iter().for_each(|sidecar| self.node.netns.remove(sidecar));
         }
+    }
+
+    async fn remove(&self) -> Result<(), RunError> {
+        self.node.network.remove(&self.id).await?;
+        self.forget_homes();
         let dir = AllocDir::new(&self.node.data_dir, &self.id);
         tokio::task::spawn_blocking(move || dir.destroy()).await.map_err(RunError::Aborted)??;
         Ok(self.node.records.remove_allocation(&self.id)?)

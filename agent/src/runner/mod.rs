@@ -23,6 +23,7 @@ use tracing::info;
 
 pub use allocation::{AllocationStatus, AllocationView, ServiceView};
 pub use records::{AllocationRecord, JobRecord, RecordError, Records};
+pub use registration::RegistrationError;
 pub use services::{NetnsTable, NodeServices, RunError};
 pub use tasks::{TaskEvent, TaskState, TaskView};
 
@@ -145,7 +146,8 @@ impl Runner {
     pub async fn stop(&self, id: &str, purge: bool) -> Result<Vec<String>, SubmitError> {
         let _one_at_a_time = self.submitting.lock().await;
         let mut record = self.jobs.lock().get(id).cloned().ok_or_else(|| SubmitError::UnknownJob(id.to_owned()))?;
-        let running: Vec<String> = self.views().into_iter().filter(|view| view.record.job.id == id).map(|view| view.record.id).collect();
+        let running: Vec<String> =
+            self.views().into_iter().filter(|view| view.record.job.id == id).map(|view| view.record.id).collect();
         record.stopped = true;
         if purge {
             self.node.records.remove_job(id)?;

@@ -19,8 +19,11 @@ pub enum PortError {
         label: String,
     },
     /// Every dynamic port is taken.
-    #[error("no dynamic port left in {}-{} for label {0:?}", DYNAMIC.start(), DYNAMIC.end())]
-    Exhausted(String),
+    #[error("no dynamic port left in {}-{} for label {label:?}", DYNAMIC.start(), DYNAMIC.end())]
+    Exhausted {
+        /// The label that asks for one.
+        label: String,
+    },
 }
 
 /// Binds the ports of `network`; `used` are those of other allocations.
@@ -44,7 +47,7 @@ pub(super) fn bind<'a>(
             None => DYNAMIC
                 .clone()
                 .find(|candidate| !used.contains(candidate) && free_on_host(*candidate))
-                .ok_or_else(|| PortError::Exhausted(port.label.clone()))?,
+                .ok_or_else(|| PortError::Exhausted { label: port.label.clone() })?,
         };
         used.insert(host);
         bound.insert(port.label.clone(), PortBinding { host, inside: port.to.unwrap_or(host) });

@@ -144,13 +144,18 @@ fn read_all<T: DeserializeOwned>(folder: &Path) -> Vec<T> {
         }
     };
     let paths = entries.flatten().map(|entry| entry.path());
-    paths.filter(|path| path.extension().is_some_and(|extension| extension == "json")).filter_map(|path| read(&path)).collect()
+    paths
+        .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
+        .filter_map(|path| read(&path))
+        .collect()
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
     let text = std::fs::read(path).map_err(|error| error.to_string());
     let record = text.and_then(|text| serde_json::from_slice(&text).map_err(|error| error.to_string()));
-    record.inspect_err(|error| warn!(error, path = %path.display(), "a record is not readable; what it names is removed")).ok()
+    record
+        .inspect_err(|error| warn!(error, path = %path.display(), "a record is not readable; what it names is removed"))
+        .ok()
 }
 
 fn write<T: Serialize>(path: &Path, record: &T) -> Result<(), RecordError> {

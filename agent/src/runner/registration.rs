@@ -16,28 +16,28 @@ use crate::workload::AllocId;
 
 /// One service of an allocation as it is registered.
 #[derive(Clone, Debug)]
-pub struct Registration {
+pub(super) struct Registration {
     /// Catalog ID.
-    pub service_id: String,
+    pub(super) service_id: String,
     /// Name of the service.
-    pub service: String,
+    pub(super) service: String,
     /// Port of the application inside the network namespace, if the service has one.
-    pub port: Option<u16>,
+    pub(super) port: Option<u16>,
     /// Catalog ID of its sidecar, if it takes part in the mesh.
-    pub sidecar_id: Option<String>,
+    pub(super) sidecar_id: Option<String>,
     /// Loopback addresses of its upstreams.
-    pub upstreams: Vec<std::net::SocketAddr>,
+    pub(super) upstreams: Vec<std::net::SocketAddr>,
     /// The request body.
-    pub body: Value,
+    pub(super) body: Value,
 }
 
 /// Where the sidecars of an allocation are reached.
 #[derive(Clone, Copy, Debug)]
-pub struct SidecarAddress {
+pub(super) struct SidecarAddress {
     /// What the catalog says: the node's address, or the workload's own when the node advertises a loopback.
-    pub advertised: IpAddr,
+    pub(super) advertised: IpAddr,
     /// The workload's address on the bridge.
-    pub workload: IpAddr,
+    pub(super) workload: IpAddr,
 }
 
 /// A service that cannot be registered.
@@ -64,31 +64,32 @@ pub enum RegistrationError {
 
 /// An allocation, as far as its services depend on it.
 #[derive(Clone, Copy, Debug)]
-pub struct Allocated<'a> {
+pub(super) struct Allocated<'a> {
     /// Its id.
-    pub id: &'a AllocId,
+    pub(super) id: &'a AllocId,
     /// Its group.
-    pub group: &'a Group,
+    pub(super) group: &'a Group,
     /// Its ports by label.
-    pub ports: &'a BTreeMap<String, PortBinding>,
+    pub(super) ports: &'a BTreeMap<String, PortBinding>,
     /// What `${…}` means in it.
-    pub environment: &'a Environment,
+    pub(super) environment: &'a Environment,
     /// Where its sidecars are reached.
-    pub address: SidecarAddress,
+    pub(super) address: SidecarAddress,
 }
 
 /// The registrations of all services of an allocation.
 ///
 /// # Errors
 /// [`RegistrationError`] names the group and what is wrong; nothing is registered then.
-pub fn registrations(allocation: &Allocated<'_>) -> Result<Vec<Registration>, RegistrationError> {
+pub(super) fn registrations(allocation: &Allocated<'_>) -> Result<Vec<Registration>, RegistrationError> {
     allocation.group.services.iter().map(|service| registration(allocation, service)).collect()
 }
 
 fn registration(allocation: &Allocated<'_>, service: &Service) -> Result<Registration, RegistrationError> {
     let Allocated { id: alloc, group, .. } = *allocation;
     let text = |template: &Template, field| render(template, field, allocation);
-    let texts = |templates: &[Template], field| templates.iter().map(|one| text(one, field)).collect::<Result<Vec<_>, _>>();
+    let texts =
+        |templates: &[Template], field| templates.iter().map(|one| text(one, field)).collect::<Result<Vec<_>, _>>();
     let name = text(&service.name, "name")?;
     let port = service.port.as_ref().map(|port| inside_port(allocation, port)).transpose()?;
     let label = service.port.as_ref().map_or_else(String::new, |port| match port {
@@ -155,7 +156,8 @@ fn check_body(
     check: &Check,
     service_port: Option<u16>,
 ) -> Result<Value, RegistrationError> {
-    let port = check.port.as_ref().map(|port| inside_port(allocation, port)).transpose()?.or(service_port).unwrap_or_default();
+    let port =
+        check.port.as_ref().map(|port| inside_port(allocation, port)).transpose()?.or(service_port).unwrap_or_default();
     let mut body = json!({
         "Name": render(&check.name, "check name", allocation)?,
         "Interval": format_go_duration(check.interval), "Timeout": format_go_duration(check.timeout),
@@ -199,11 +201,7 @@ fn rendered_map(
     templates.iter().map(|(key, value)| Ok((key.clone(), render(value, "meta", allocation)?.into()))).collect()
 }
 
-fn render(
-    template: &Template,
-    field: &'static str,
-    allocation: &Allocated<'_>,
-) -> Result<String, RegistrationError> {
+fn render(template: &Template, field: &'static str, allocation: &Allocated<'_>) -> Result<String, RegistrationError> {
     template
         .render_strict(field, allocation.environment)
         .map_err(|source| RegistrationError::Template { group: allocation.group.name.clone(), source })

@@ -118,7 +118,10 @@ impl WorkerHandle {
             return Ok(());
         }
         let last = self.view.borrow().proxies.get(proxy).cloned();
-        Err(NotReady { proxy: proxy.to_owned(), last: last.map_or_else(|| "nothing yet".into(), |last| describe(&last)) })
+        Err(NotReady {
+            proxy: proxy.to_owned(),
+            last: last.map_or_else(|| "nothing yet".into(), |last| describe(&last)),
+        })
     }
 }
 

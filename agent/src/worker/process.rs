@@ -94,7 +94,8 @@ impl Worker {
 
 /// Ends exactly this process, if it still exists.
 fn kill(process: &ProcessIdentity) -> io::Result<()> {
-    let pid = i32::try_from(process.pid).ok().and_then(rustix::process::Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
+    let pid =
+        i32::try_from(process.pid).ok().and_then(rustix::process::Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
     let pidfd = match rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) {
         Err(rustix::io::Errno::SRCH) => return Ok(()),
         pidfd => pidfd?,

@@ -22,7 +22,12 @@ pub(super) enum SocketRefused {
     #[error("{0} sockets are more than the limit of {MAX_APP_SOCKETS}")]
     TooMany(u16),
     #[error("{what} in {}", netns.display())]
-    Socket { what: String, netns: PathBuf, #[source] source: io::Error },
+    Socket {
+        what: String,
+        netns: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// Every served proxy with its open listeners.
@@ -76,7 +81,8 @@ impl Sockets {
         }
         let netns = entry.served.netns.clone();
         let opened = workload::listen(&netns, address).await;
-        let opened = opened.map_err(|source| SocketRefused::Socket { what: format!("listen on {address}"), netns, source })?;
+        let opened =
+            opened.map_err(|source| SocketRefused::Socket { what: format!("listen on {address}"), netns, source })?;
         let opened = Arc::new(opened);
         entry.listeners.insert(address, Arc::clone(&opened));
         Ok(opened)
@@ -102,12 +108,14 @@ impl Sockets {
 impl Entry {
     /// The inbound port on any address, an upstream at exactly its own.
     fn may_listen(&self, address: SocketAddr) -> bool {
-        address.port() == self.served.inbound_port || self.served.upstreams.iter().any(|bind| same_listener(*bind, address))
+        address.port() == self.served.inbound_port
+            || self.served.upstreams.iter().any(|bind| same_listener(*bind, address))
     }
 }
 
 /// An upstream bound to 127.0.0.1 is offered on ::1 as well.
 fn same_listener(bind: SocketAddr, address: SocketAddr) -> bool {
-    let default_v6 = bind.ip() == IpAddr::from([127, 0, 0, 1]) && address.ip() == IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]);
+    let default_v6 =
+        bind.ip() == IpAddr::from([127, 0, 0, 1]) && address.ip() == IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]);
     bind == address || (default_v6 && bind.port() == address.port())
 }

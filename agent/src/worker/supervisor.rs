@@ -89,7 +89,8 @@ impl Supervisor {
                 Ended::Shutdown(deadline, done) => return self.shut_down(worker, deadline, done).await,
                 Ended::WorkerGone => worker.end().await,
             }
-            pause = if started.elapsed() >= SETTLED { Duration::ZERO } else { (pause * 2).clamp(FIRST_PAUSE, MAX_PAUSE) };
+            pause =
+                if started.elapsed() >= SETTLED { Duration::ZERO } else { (pause * 2).clamp(FIRST_PAUSE, MAX_PAUSE) };
             let at_once = starts == 1; // the first end is answered at once: backlogs are waiting
             warn!(?pause, "the worker ended; starting another");
             if !at_once && self.wait(pause).await.is_break() {
@@ -294,7 +295,12 @@ impl Supervisor {
 
     fn status(&self, status: ProxyStatus) {
         if let Some(nack) = &status.nack {
-            warn!(proxy = status.proxy, resource = nack.resource, reason = nack.reason, "the worker refuses a resource");
+            warn!(
+                proxy = status.proxy,
+                resource = nack.resource,
+                reason = nack.reason,
+                "the worker refuses a resource"
+            );
         }
         self.view.send_modify(|view| drop(view.proxies.insert(status.proxy.clone(), status)));
     }

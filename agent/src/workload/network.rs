@@ -294,7 +294,7 @@ impl Network {
     ///
     /// # Errors
     /// [`NetworkError`] of the first removal that failed; the records stay then.
-    pub async fn close_all(self) -> Result<(), NetworkError> {
+    pub async fn close_all(&self) -> Result<(), NetworkError> {
         self.reconcile(&[]).await?;
         let mut state = self.state.lock().await;
         let (nft, script) = (self.settings.nft.clone(), firewall::removal(&self.settings.table));

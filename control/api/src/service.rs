@@ -155,7 +155,8 @@ mod tests {
 
     #[test]
     fn keys_are_read_in_any_case_and_with_underscores_and_unknown_ones_refused() {
-        let body = br#"{"name":"web","tagged_addresses":{"lan":{"address":"10.0.0.1","port":1}},"ENABLETAGOVERRIDE":true}"#;
+        let body =
+            br#"{"name":"web","tagged_addresses":{"lan":{"address":"10.0.0.1","port":1}},"ENABLETAGOVERRIDE":true}"#;
         let registration = ServiceRegistration::decode(body).expect("decode");
         assert!(registration.enable_tag_override && registration.tagged_addresses["lan"].port == 1);
         let error = ServiceRegistration::decode(br#"{"Name":"web","Colour":1}"#).expect_err("unknown");
