@@ -6,8 +6,8 @@ use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bp
 use aya_ebpf::programs::SockAddrContext;
 use culvert_ebpf_common::event::PROTOCOL_TCP;
 use culvert_ebpf_common::{
-    Address, Connection, EventKind, FAMILY_V4, FAMILY_V6, FlowKey, Instance, MAX_INSTANCES, PHASE_CHOSEN, UpstreamKey,
-    Workload,
+    Address, Connection, EventKind, FAMILY_V4, FAMILY_V6, FlowKey, Instance, MAX_INSTANCES, PHASE_CHOSEN,
+    PORT_PROTECTED, PORT_PUBLISHED, UpstreamKey, Workload,
 };
 
 use crate::tables::{
