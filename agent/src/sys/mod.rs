@@ -8,6 +8,8 @@ pub mod bpf;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -79,4 +81,21 @@ pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` names the same open descriptor all its life, and the `AsyncFd` owns it: it is deregistered
     // before it is closed.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
+}
+
+/// Resets every signal to its default action. Ignored ones stay ignored over exec(2), and an agent started in the background
+/// by a script ignores SIGINT: its tasks must not. What is blocked stays blocked.
+pub fn default_signal_actions() {
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: SIG_DFL installs no handler, so no code of ours can run in a signal's context. The numbers that cannot be
+        // set (SIGKILL, SIGSTOP, those of the C library) are refused with EINVAL, which changes nothing.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+}
+
+/// Makes `command` start with no signal blocked, whatever the calling thread blocks: the mask is inherited.
+pub fn unblock_signals(command: &mut Command) {
+    let unblock = || Ok(nix::sys::signal::SigSet::empty().thread_set_mask()?);
+    // SAFETY: between fork and exec only async-signal-safe work is allowed; this is one system call, without allocation.
+    unsafe { command.pre_exec(unblock) };
 }

@@ -146,7 +146,10 @@ impl Drop for KillOnDrop {
     fn drop(&mut self) {
         if let Some(pidfd) = self.0.take() {
             // Already gone is what we want.
-            let _gone = pidfd_send_signal(pidfd, rustix::process::Signal::KILL);
+            let _gone = pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
+            if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+                runtime.spawn(async move { reap(&pidfd).await });
+            }
         }
     }
 }

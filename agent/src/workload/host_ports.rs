@@ -85,6 +85,8 @@ impl Listening {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -109,5 +111,14 @@ mod tests {
         assert_eq!((socket.address, socket.inode), (IpAddr::V6(Ipv6Addr::LOCALHOST), 4242));
         assert_eq!(parse(line, "tcp", 8081), None);
         assert_eq!(parse("nonsense", "tcp", 8080), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_line_is_too_strange_to_be_skipped(line in ".{0,200}", words in "[0-9A-F: ]{0,200}") {
+            for line in [line, words] {
+                prop_assert!(parse(&line, "tcp", 80).is_none_or(|socket| socket.protocol == "tcp"));
+            }
+        }
     }
 }

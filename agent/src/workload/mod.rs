@@ -23,6 +23,8 @@ mod netlink;
 mod netns;
 mod network;
 mod node;
+mod open;
+mod reconcile;
 mod settings;
 mod sockets;
 mod state;

@@ -78,6 +78,8 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -100,5 +102,26 @@ mod tests {
         assert!(
             all().expect("mountinfo").iter().any(|mount| mount.point == Path::new("/proc") && mount.kind == "proc")
         );
+    }
+
+    proptest! {
+        #[test]
+        fn any_path_survives_the_kernels_escapes(path in prop::collection::vec(1_u8..=255, 1..40)) {
+            let escaped: Vec<u8> = path
+                .iter()
+                .flat_map(|byte| match byte {
+                    b' ' | b'\t' | b'\n' | b'\\' => format!("\\{byte:03o}").into_bytes(),
+                    other => vec![*other],
+                })
+                .collect();
+            let line = [b"36 35 98:0 / /".as_slice(), &escaped, b" rw - tmpfs none rw"].concat();
+            let expected = PathBuf::from(OsString::from_vec([b"/".as_slice(), &path].concat()));
+            prop_assert_eq!(&parse(&line)[0].point, &expected);
+        }
+
+        #[test]
+        fn no_text_is_too_strange_to_be_skipped(text in prop::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert!(parse(&text).len() <= text.len());
+        }
     }
 }

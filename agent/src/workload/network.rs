@@ -3,15 +3,14 @@
 //! Order of every change: the record on disk, then the kernel. Every kernel object is found by its name, so what a crash
 //! left is removed by [`Network::reconcile`], or made again by [`Network::create`].
 
-use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
 
-use super::alloc_id::{AllocId, SHORT_ID};
+use super::alloc_id::AllocId;
 use super::firewall::{self, FirewallError, Ruleset};
 use super::netlink::Netlink;
 use super::node::{NodeFile, NodeFileError};
@@ -19,13 +18,13 @@ use super::settings::{NetworkSettings, SettingsError};
 use super::state::{GATEWAY, State, StateError};
 use super::sysctl::{self, SysctlError};
 use super::types::{MacAddress, PortMap, Workload};
-use super::{host_ports, netns};
-use crate::task::{self, AllocDir, CgroupError, DirError, Hierarchies};
+use super::{host_ports, netns, open};
+use crate::task::{CgroupError, DirError};
 
 /// The interface inside a workload's netns.
 const INSIDE: &str = "eth0";
 /// Prefix length of the workload's IPv6 network.
-const PREFIX6: u8 = 64;
+pub(super) const PREFIX6: u8 = 64;
 
 /// The network could not be changed as asked.
 #[derive(Debug, thiserror::Error)]
@@ -88,12 +87,12 @@ pub enum NetworkError {
     Unknown(AllocId),
 }
 
-fn failed(doing: &'static str, name: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
+pub(super) fn failed(doing: &'static str, name: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
     move |source| NetworkError::Kernel { doing, name: name.into(), source }
 }
 
 /// Runs blocking work; a panic in it becomes a panic here.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => match error.try_into_panic() {
@@ -106,13 +105,13 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 
 /// The node's workload network. One per node; every method may be called concurrently.
 pub struct Network {
-    settings: NetworkSettings,
+    pub(super) settings: NetworkSettings,
     /// The IPv6 prefix, where the host has IPv6.
     ula: Option<Ipv6Addr>,
     bridge: u32,
-    netlink: Netlink,
+    pub(super) netlink: Netlink,
     /// Also serialises changes of the kernel's objects.
-    state: Mutex<State>,
+    pub(super) state: Mutex<State>,
     warnings: Vec<String>,
 }
 
@@ -127,7 +126,7 @@ struct Plan {
 
 /// Locally administered, unicast, and derived from the address: an address never changes its Ethernet address, so no
 /// neighbour's cache is ever wrong.
-fn mac_of(address: Ipv4Addr) -> MacAddress {
+pub(super) fn mac_of(address: Ipv4Addr) -> MacAddress {
     let [a, b, c, d] = address.octets();
     MacAddress([0x02, 0x63, a, b, c, d])
 }
@@ -143,8 +142,8 @@ impl Network {
         let mut state = State::load(&settings.data_dir, settings.subnet)?;
         let ula = sysctl::exists("net/ipv6").then(|| settings.ula.unwrap_or(node.ula_prefix));
         let netlink = Netlink::connect().map_err(failed("open", "a netlink socket"))?;
-        let bridge = open_bridge(&netlink, &settings, ula).await?;
-        let warnings = open_sysctls(&netlink, &settings, ula.is_some(), &mut state).await?;
+        let bridge = open::open_bridge(&netlink, &settings, ula).await?;
+        let warnings = open::open_sysctls(&netlink, &settings, ula.is_some(), &mut state).await?;
         let mut network = Self { settings, ula, bridge, netlink, state: Mutex::new(state), warnings };
         let state = network.state.lock().await;
         network.apply(&state).await?;
@@ -255,7 +254,7 @@ impl Network {
         self.remove_locked(&mut state, id).await
     }
 
-    async fn remove_locked(&self, state: &mut State, id: &AllocId) -> Result<(), NetworkError> {
+    pub(super) async fn remove_locked(&self, state: &mut State, id: &AllocId) -> Result<(), NetworkError> {
         let Some(host) = state.share(id).map(|share| share.host) else { return Ok(()) };
         if state.share(id).is_some_and(|share| !share.ports.is_empty()) {
             state.set_ports(id, Vec::new())?;
@@ -263,53 +262,6 @@ impl Network {
         }
         self.demolish(&self.plan(id, host)).await?;
         Ok(state.release(id)?)
-    }
-
-    /// Removes whatever is ours by name and belongs to none of `live`: processes and cgroups, netns, veths, published
-    /// ports, addresses, mounts. Returns what was removed, for the log. Goes on after a failure; the first one is returned.
-    ///
-    /// # Errors
-    /// [`NetworkError`] of the first removal that failed.
-    pub async fn reconcile(&self, live: &[AllocId]) -> Result<Vec<String>, NetworkError> {
-        let live: BTreeSet<&AllocId> = live.iter().collect();
-        let mut outcome = Outcome::default();
-        // First what runs: a process could hold, or remake, the rest.
-        outcome.add(self.remove_cgroups(&live).await);
-        let mut state = self.state.lock().await;
-        let stale: Vec<AllocId> = state.allocations().keys().filter(|id| !live.contains(id)).cloned().collect();
-        for id in stale {
-            let removed = self.remove_locked(&mut state, &id).await;
-            outcome.add(removed.map(|()| vec![format!("network of allocation {id}")]));
-        }
-        let short: BTreeSet<&str> = live.iter().map(|id| id.short()).collect();
-        outcome.add(self.remove_netns(&short).await);
-        outcome.add(self.remove_veths(&short).await);
-        outcome.add(self.remove_mounts(&live).await);
-        outcome.add(self.apply(&state).await.map(|()| Vec::new()));
-        outcome.finish()
-    }
-
-    /// Removes everything, also the bridge, the table, the records, and puts changed kernel settings back: the node leaves.
-    /// Directories of allocations stay; who keeps their logs removes them.
-    ///
-    /// # Errors
-    /// [`NetworkError`] of the first removal that failed; the records stay then.
-    pub async fn close_all(&self) -> Result<(), NetworkError> {
-        self.reconcile(&[]).await?;
-        let mut state = self.state.lock().await;
-        let (nft, script) = (self.settings.nft.clone(), firewall::removal(&self.settings.table));
-        blocking(move || firewall::apply(&nft, &script)).await?;
-        self.netlink.delete(&self.settings.bridge).await.map_err(failed("delete bridge", &self.settings.bridge))?;
-        // Backwards: `ip_forward` changes others when it is written, and sorts after them.
-        for (name, former) in state.sysctls().iter().rev() {
-            if sysctl::exists(name) {
-                sysctl::set(name, former)?;
-            }
-        }
-        if let Ok(hierarchies) = Hierarchies::find() {
-            task::remove_if_empty(&hierarchies, Path::new(&self.settings.cgroup_parent));
-        }
-        Ok(state.forget()?)
     }
 
     fn plan(&self, id: &AllocId, host: u32) -> Plan {
@@ -417,7 +369,7 @@ impl Network {
     }
 
     /// Makes the packet filter what the records say.
-    async fn apply(&self, state: &State) -> Result<(), NetworkError> {
+    pub(super) async fn apply(&self, state: &State) -> Result<(), NetworkError> {
         let ports = state.allocations().iter().flat_map(|(id, share)| {
             let plan = self.plan(id, share.host);
             share.ports.iter().map(move |map| (plan.addr4, plan.addr6, map))
@@ -433,93 +385,6 @@ impl Network {
         let (nft, script) = (self.settings.nft.clone(), ruleset.script());
         Ok(blocking(move || firewall::apply(&nft, &script)).await?)
     }
-
-    async fn remove_cgroups(&self, live: &BTreeSet<&AllocId>) -> Result<Vec<String>, NetworkError> {
-        let parent = PathBuf::from(&self.settings.cgroup_parent);
-        let live: BTreeSet<AllocId> = live.iter().map(|id| (*id).clone()).collect();
-        blocking(move || {
-            // A host without cgroup2 has no cgroups of ours.
-            let Ok(hierarchies) = Hierarchies::find() else { return Ok(Vec::new()) };
-            let mut removed = Vec::new();
-            for name in task::children(&hierarchies, &parent) {
-                if AllocId::new(&name).is_ok_and(|id| !live.contains(&id)) {
-                    task::kill_and_remove(&hierarchies, &parent.join(&name))?;
-                    removed.push(format!("cgroup {}", parent.join(&name).display()));
-                }
-            }
-            Ok(removed)
-        })
-        .await
-    }
-
-    async fn remove_netns(&self, live: &BTreeSet<&str>) -> Result<Vec<String>, NetworkError> {
-        let entries = match std::fs::read_dir(&self.settings.netns_dir) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.map_err(failed("read", self.settings.netns_dir.display().to_string()))?,
-        };
-        let mut removed = Vec::new();
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            if is_stale(&name.to_string_lossy(), &self.settings.netns_prefix, live) {
-                let path = entry.path();
-                let gone = blocking(move || netns::remove(&path)).await;
-                gone.map_err(failed("remove netns", name.to_string_lossy()))?;
-                removed.push(format!("netns {}", name.to_string_lossy()));
-            }
-        }
-        Ok(removed)
-    }
-
-    async fn remove_veths(&self, live: &BTreeSet<&str>) -> Result<Vec<String>, NetworkError> {
-        let links = self.netlink.links().await.map_err(failed("list", "interfaces"))?;
-        let mut removed = Vec::new();
-        for link in links.iter().filter(|link| is_stale(&link.name, &self.settings.veth_prefix, live)) {
-            self.netlink.delete(&link.name).await.map_err(failed("delete interface", &link.name))?;
-            removed.push(format!("interface {}", link.name));
-        }
-        Ok(removed)
-    }
-
-    async fn remove_mounts(&self, live: &BTreeSet<&AllocId>) -> Result<Vec<String>, NetworkError> {
-        let Ok(entries) = std::fs::read_dir(self.settings.data_dir.join("alloc")) else { return Ok(Vec::new()) };
-        for entry in entries.flatten() {
-            let Ok(id) = AllocId::new(&entry.file_name().to_string_lossy()) else { continue };
-            if !live.contains(&id) {
-                let directory = AllocDir::new(&self.settings.data_dir, &id);
-                blocking(move || directory.unmount()).await?;
-            }
-        }
-        Ok(Vec::new())
-    }
-}
-
-/// Collects what was removed and the first failure.
-#[derive(Default)]
-struct Outcome {
-    removed: Vec<String>,
-    failure: Option<NetworkError>,
-}
-
-impl Outcome {
-    fn add(&mut self, result: Result<Vec<String>, NetworkError>) {
-        match result {
-            Ok(removed) => self.removed.extend(removed),
-            Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "reconciliation goes on after a failure");
-                self.failure.get_or_insert(error);
-            }
-        }
-    }
-
-    fn finish(self) -> Result<Vec<String>, NetworkError> {
-        self.failure.map_or(Ok(self.removed), Err)
-    }
-}
-
-/// Is `name` one of ours (prefix and eight hexadecimal digits) of an allocation that does not live?
-fn is_stale(name: &str, prefix: &str, live: &BTreeSet<&str>) -> bool {
-    let hexadecimal = |id: &&str| id.len() == SHORT_ID && id.bytes().all(|byte| byte.is_ascii_hexdigit());
-    name.strip_prefix(prefix).filter(hexadecimal).is_some_and(|id| !live.contains(id))
 }
 
 /// Settings of a new netns, before its interface arrives. Thread is inside.
@@ -539,121 +404,4 @@ fn inside_sysctls(ipv6: bool) -> Result<(), SysctlError> {
         }
     }
     Ok(())
-}
-
-/// Makes or adopts the bridge with its addresses; returns its index.
-async fn open_bridge(
-    netlink: &Netlink,
-    settings: &NetworkSettings,
-    ula: Option<Ipv6Addr>,
-) -> Result<u32, NetworkError> {
-    let name = &settings.bridge;
-    let gateway = settings.subnet.host(GATEWAY);
-    check_overlap(netlink, settings).await?;
-    match netlink.link(name).await.map_err(failed("look at", name))? {
-        Some(link) if !link.is_bridge => return Err(NetworkError::NotABridge(name.clone())),
-        Some(_) => {}
-        None => netlink.add_bridge(name, mac_of(gateway)).await.map_err(failed("create bridge", name))?,
-    }
-    let index = netlink.index(name).await.map_err(failed("look at", name))?;
-    if ula.is_some() {
-        for (setting, value) in [("disable_ipv6", "0"), ("accept_ra", "0"), ("accept_dad", "0")] {
-            sysctl::set(&format!("net/ipv6/conf/{name}/{setting}"), value)?;
-        }
-    }
-    sysctl::set(&format!("net/ipv4/conf/{name}/route_localnet"), "1")?;
-    let prefix = settings.subnet.prefix;
-    netlink.add_address(index, gateway.into(), prefix).await.map_err(failed("give its address to", name))?;
-    if let Some(ula) = ula {
-        let gateway = Ipv6Addr::from_bits(ula.to_bits() | u128::from(GATEWAY));
-        netlink.add_address(index, gateway.into(), PREFIX6).await.map_err(failed("give its address to", name))?;
-    }
-    netlink.set_up(index).await.map_err(failed("take up", name))?;
-    Ok(index)
-}
-
-async fn check_overlap(netlink: &Netlink, settings: &NetworkSettings) -> Result<(), NetworkError> {
-    let subnet = settings.subnet;
-    for link in netlink.links().await.map_err(failed("list", "interfaces"))? {
-        if link.name == settings.bridge {
-            continue;
-        }
-        let addresses = netlink.addresses(link.index).await.map_err(failed("read addresses of", &link.name))?;
-        for (address, prefix) in addresses {
-            let IpAddr::V4(other) = address else { continue };
-            // Two networks overlap when one holds the other's address under the shorter prefix.
-            let wider = super::Subnet4 { network: other, prefix: prefix.min(subnet.prefix).max(1) };
-            let mask = u32::MAX << (32 - u32::from(wider.prefix));
-            if other.to_bits() & mask == subnet.network.to_bits() & mask {
-                let subnet = format!("{}/{}", subnet.network, subnet.prefix);
-                return Err(NetworkError::Overlap { subnet, address, interface: link.name });
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Makes the host forward for the bridge. What is changed is remembered for [`Network::close_all`]; interfaces that did not
-/// forward before are guarded by the packet filter, so that the host becomes a router for workloads only.
-async fn open_sysctls(
-    netlink: &Netlink,
-    settings: &NetworkSettings,
-    ipv6: bool,
-    state: &mut State,
-) -> Result<Vec<String>, NetworkError> {
-    let mut warnings = Vec::new();
-    if sysctl::read("net/ipv4/ip_forward")? == "0" {
-        // The kernel changes these when forwarding is switched, either way.
-        remember_forwarding(settings, "ipv4", state)?;
-        let redirects = "net/ipv4/conf/all/accept_redirects";
-        state.remember_sysctl(redirects, &sysctl::read(redirects)?)?;
-        state.remember_sysctl("net/ipv4/ip_forward", "0")?;
-        sysctl::set("net/ipv4/ip_forward", "1")?;
-    }
-    if ipv6 && sysctl::read("net/ipv6/conf/all/forwarding")? == "0" {
-        if netlink.has_learned_default6().await.map_err(failed("list", "IPv6 routes"))? {
-            warnings.push(
-                "this host learned its IPv6 default route from a router and would lose it as a router itself: IPv6 stays \
-                 between workloads and this host (set net.ipv6.conf.all.forwarding=1 to change that)"
-                    .to_owned(),
-            );
-        } else {
-            remember_forwarding(settings, "ipv6", state)?;
-            state.remember_sysctl("net/ipv6/conf/all/forwarding", "0")?;
-            sysctl::set("net/ipv6/conf/all/forwarding", "1")?;
-        }
-    }
-    Ok(warnings)
-}
-
-fn remember_forwarding(settings: &NetworkSettings, family: &str, state: &mut State) -> Result<(), NetworkError> {
-    let mut guarded = Vec::new();
-    for interface in sysctl::interfaces(family) {
-        let name = format!("net/{family}/conf/{interface}/forwarding");
-        if interface == settings.bridge || !sysctl::exists(&name) {
-            continue;
-        }
-        if sysctl::read(&name)? != "0" {
-            state.remember_sysctl(&name, "1")?;
-        } else if interface != "lo" && firewall::is_plain_name(&interface) {
-            guarded.push(interface);
-        }
-    }
-    Ok(state.guard(family == "ipv6", guarded)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_names_of_our_shape_are_ours() {
-        let live = BTreeSet::from(["0123abcd"]);
-        let stale = |name| is_stale(name, "cv", &live);
-        assert!(stale("cvdeadbeef"));
-        assert!(!stale("cv0123abcd"), "it lives");
-        for other in ["cv", "cvlan0", "cvdeadbee", "cvdeadbeef0", "eth0", "xcvdeadbeef", "cvdeadbeeg"] {
-            assert!(!stale(other), "{other}");
-        }
-    }
 }

@@ -35,7 +35,10 @@ pub(super) fn run() -> ExitCode {
         // Nobody to tell: the executor is gone, or is not one.
         Err(_) => return ExitCode::FAILURE,
     };
-    let outcome = prepare(&spec).and_then(|user| match spec.task.driver {
+    // Until the program can take them, signals wait; a pid 1 without handlers would lose them.
+    let blocked = SigSet::all().thread_block().words("block signals");
+    crate::sys::default_signal_actions();
+    let outcome = blocked.and_then(|()| prepare(&spec)).and_then(|user| match spec.task.driver {
         Driver::RawExec => Err(become_task(&spec.task, &user)),
         Driver::Exec => run_sandboxed(&spec.task, &user, &mut control),
     });
@@ -105,21 +108,19 @@ fn run_sandboxed(task: &TaskSpec, user: &TaskUser, control: &mut UnixStream) -> 
     sandbox::enter(task)?;
     user.confine()?;
     prctl::set_pdeathsig(Signal::SIGKILL).words("tie the sandbox to its executor")?;
-    // Before the program exists, so that no signal is lost.
-    let all = SigSet::all();
-    all.thread_block().words("block signals")?;
     let program = find_program(task, &[PathBuf::from("/local"), PathBuf::from("/")])?;
     let child = command(task, &program).current_dir("/").process_group(0).spawn();
     let child = child.words(format_args!("fork/exec {}", program.display()))?;
     let child = i32::try_from(child.id()).map(Pid::from_raw).map_err(|error| error.to_string())?;
     report(control, &StageReply::Started).words("report the start")?;
-    let (code, signal) = serve_as_init(child, &all)?;
+    let (code, signal) = serve_as_init(child)?;
     report(control, &StageReply::Exited { code, signal }).words("report the end")?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Passes signals on and buries the dead until `child` has ended.
-fn serve_as_init(child: Pid, all: &SigSet) -> Result<(i32, i32), String> {
+fn serve_as_init(child: Pid) -> Result<(i32, i32), String> {
+    let all = SigSet::all();
     loop {
         while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
             match status.pid() {
@@ -145,6 +146,7 @@ fn command(task: &TaskSpec, program: &Path) -> Command {
     if !task.env.contains_key("PATH") {
         command.env("PATH", DEFAULT_PATH);
     }
+    crate::sys::unblock_signals(&mut command);
     command
 }
 

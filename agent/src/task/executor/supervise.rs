@@ -15,7 +15,7 @@ use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{Pid, setsid};
+use nix::unistd::{Gid, Pid, Uid, fchown, setsid};
 use tokio::time::Instant;
 
 use super::STAGE;
@@ -96,7 +96,7 @@ struct Output {
 /// Prepares everything and starts the task.
 fn launch(spec: &TaskSpec) -> Result<(TaskRecord, Running), String> {
     spec.check().map_err(|error| error.to_string())?;
-    TaskUser::resolve(spec.driver, spec.user.as_deref())?;
+    let user = TaskUser::resolve(spec.driver, spec.user.as_deref())?;
     for stale in [EXIT_FILE, EXECUTOR_FILE] {
         match fs::remove_file(spec.dirs.task.join(stale)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(format!("remove {stale}: {error}")),
@@ -107,7 +107,7 @@ fn launch(spec: &TaskSpec) -> Result<(TaskRecord, Running), String> {
     cgroup::kill_all(&hierarchies, &spec.cgroup()).map_err(|error| chain(&error))?;
     let limits = (spec.driver == Driver::Exec).then_some(&spec.resources);
     let (cgroup, notes) = TaskCgroup::create(&hierarchies, &spec.cgroup(), limits).map_err(|error| chain(&error))?;
-    let (outputs, stdout, stderr) = open_outputs(spec)?;
+    let (outputs, stdout, stderr) = open_outputs(spec, &user)?;
     // Orphans of the task come to this process, which buries them.
     prctl::set_child_subreaper(true).words("become subreaper")?;
     let signals = watched_signals()?;
@@ -147,7 +147,7 @@ fn record(spec: &TaskSpec, pid: u32, notes: Vec<String>) -> io::Result<TaskRecor
 }
 
 /// Log files and pipes: the read ends with their files, and the write ends for stdout and stderr.
-fn open_outputs(spec: &TaskSpec) -> Result<(Vec<Output>, OwnedFd, OwnedFd), String> {
+fn open_outputs(spec: &TaskSpec, user: &TaskUser) -> Result<(Vec<Output>, OwnedFd, OwnedFd), String> {
     let mut outputs = Vec::new();
     let mut open = |stream| -> Result<OwnedFd, String> {
         let (files, size) = (u64::from(spec.logs.max_files), u64::from(spec.logs.max_file_size_mb) << 20);
@@ -155,6 +155,8 @@ fn open_outputs(spec: &TaskSpec) -> Result<(Vec<Output>, OwnedFd, OwnedFd), Stri
             .words(format_args!("open the log of {stream} in {}", spec.dirs.logs.display()))?;
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).words("make a pipe")?;
         rustix::io::ioctl_fionbio(&read, true).words("make a pipe")?;
+        // So that the task can open /dev/stdout again, as many programs do for their logs.
+        fchown(&write, Some(Uid::from_raw(user.uid)), Some(Gid::from_raw(user.gid))).words("give a pipe away")?;
         outputs.push(Output { pipe: read.into(), files });
         Ok(write)
     };
