@@ -151,8 +151,9 @@ impl Network {
         let (nft, table) = (network.settings.nft.clone(), network.settings.table.clone());
         if let Some(chain) = blocking(move || firewall::foreign_drop(&nft, &table)).await? {
             network.warnings.push(format!(
-                "chain {chain} drops forwarded packets by default: published ports and the outside are out of reach of \
-                 workloads until it accepts interface {}",
+                "chain {chain} drops forwarded packets by default: until it accepts interface {}, workloads reach neither \
+                 the outside nor, where bridged packets are filtered too (bridge-nf-call-iptables), each other, and \
+                 published ports are not reached from outside",
                 network.settings.bridge
             ));
         }

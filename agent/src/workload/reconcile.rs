@@ -35,11 +35,11 @@ impl Network {
     }
 
     /// Removes everything, also the bridge, the table, the records, and puts changed kernel settings back: the node leaves.
-    /// Directories of allocations stay; who keeps their logs removes them.
+    /// Directories of allocations stay; who keeps their logs removes them. Afterwards this value is of no use any more.
     ///
     /// # Errors
     /// [`NetworkError`] of the first removal that failed; the records stay then.
-    pub async fn close_all(self) -> Result<(), NetworkError> {
+    pub async fn close_all(&self) -> Result<(), NetworkError> {
         self.reconcile(&[]).await?;
         let mut state = self.state.lock().await;
         let (nft, script) = (self.settings.nft.clone(), firewall::removal(&self.settings.table));
