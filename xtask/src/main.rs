@@ -8,6 +8,7 @@
 
 mod arrows;
 mod command;
+mod demo;
 mod ebpf;
 mod fuzz;
 mod lint;
@@ -36,6 +37,8 @@ enum Command {
     Lint,
     /// Everything that can fail: units, properties, network namespaces, eBPF, real Envoy, a real browser.
     Test(test::Options),
+    /// The main job: two workloads, one mesh, an intention that cuts it off.
+    Demo(demo::Options),
     /// Feed the parsers of outside input with random bytes.
     Fuzz(fuzz::Options),
 }
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Command::Ebpf(options) => ebpf::run(&setup, &options),
         Command::Lint => lint::run(&setup),
         Command::Test(options) => test::run(&setup, &options),
+        Command::Demo(options) => demo::run(&setup, &options),
         Command::Fuzz(options) => fuzz::run(&setup, &options),
     };
     match result {
