@@ -18,9 +18,11 @@ pub mod l4;
 pub mod metrics;
 pub mod proxy;
 pub mod rbac;
+pub mod sidecar;
 pub mod sockets;
 pub mod threads;
 pub mod tls;
+pub mod worker;
 pub mod xds;
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use crate::events::Events;
 use crate::handoff::{ListenerStatus, Nack, ProxyStatus};
 use crate::l4::{Listener, State};
 use crate::sockets::Sockets;
-use crate::threads::DataThreads;
+use crate::threads::Placement;
 use crate::tls::ServerContext;
 use crate::xds;
 
@@ -37,7 +37,7 @@ pub(crate) struct Context {
     pub(crate) id: String,
     node: String,
     pub(crate) sockets: Arc<dyn Sockets>,
-    pub(crate) threads: Arc<DataThreads>,
+    pub(crate) threads: Arc<Placement>,
     pub(crate) events: Events,
     pub(crate) handshakes: Semaphore,
 }
@@ -70,7 +70,7 @@ pub struct Feed {
 impl Proxy {
     /// Prepares the proxy with catalog ID `id` on `node`; nothing listens yet.
     #[must_use]
-    pub fn new(id: &str, node: &str, sockets: Arc<dyn Sockets>, threads: Arc<DataThreads>, events: Events) -> Self {
+    pub fn new(id: &str, node: &str, sockets: Arc<dyn Sockets>, threads: Arc<Placement>, events: Events) -> Self {
         let context = Context {
             id: id.to_owned(),
             node: node.to_owned(),
@@ -265,3 +265,7 @@ fn loopback_v6(listener: &config::Listener) -> Option<SocketAddr> {
         listener.address.ip() == IpAddr::V4(Ipv4Addr::LOCALHOST) && listener.direction == Direction::Outbound;
     loopback.then(|| SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), listener.address.port()))
 }
+
+#[cfg(test)]
+#[path = "proxy_tests.rs"]
+mod tests;

@@ -14,12 +14,18 @@ use tokio_util::sync::CancellationToken;
 /// Most data threads, however many processors there are; a node's other work wants some too.
 pub const MAX_DATA_THREADS: usize = 8;
 
-/// A set of data threads. They end when this is dropped, and with them what runs on them.
+/// The data threads. They end when this is dropped, and with them what runs on them.
 #[derive(Debug)]
 pub struct DataThreads {
-    threads: Vec<DataThread>,
+    placement: Arc<Placement>,
     stop: CancellationToken,
     joins: Vec<JoinHandle<()>>,
+}
+
+/// Gives connections their thread.
+#[derive(Debug)]
+pub struct Placement {
+    threads: Vec<DataThread>,
 }
 
 #[derive(Debug)]
@@ -50,7 +56,7 @@ impl DataThreads {
         Self::new(std::thread::available_parallelism().map_or(1, usize::from).min(MAX_DATA_THREADS))
     }
 
-    /// Starts `count` threads.
+    /// Starts `count` threads, at least one.
     ///
     /// # Errors
     /// No threads or descriptors left.
@@ -64,10 +70,18 @@ impl DataThreads {
             let thread = std::thread::Builder::new().name(format!("data-{index}"));
             joins.push(thread.spawn(move || runtime.block_on(stopped.cancelled_owned()))?);
         }
-        Ok(Self { threads, stop, joins })
+        Ok(Self { placement: Arc::new(Placement { threads }), stop, joins })
     }
 
-    /// The thread with the fewest connections.
+    /// What proxies need of the threads; it does not keep them running.
+    #[must_use]
+    pub fn placement(&self) -> Arc<Placement> {
+        Arc::clone(&self.placement)
+    }
+}
+
+impl Placement {
+    /// A place on the thread with the fewest connections.
     pub(crate) fn place(&self) -> ThreadPlace {
         let thread = self.threads.iter().min_by_key(|thread| thread.load.load(Relaxed)).expect("at least one");
         thread.load.fetch_add(1, Relaxed);

@@ -63,13 +63,15 @@ async fn path_over(version: TlsVersion) -> Path {
     let traffic = Arc::new(Traffic::default());
     let counted = Arc::clone(&traffic);
     let outbound = tokio::spawn(async move {
-        let (app, tunnel) = (Connection::new(client_proxy), Connection::new(near));
+        let (app, tunnel) =
+            (Connection::opened(client_proxy).expect("options"), Connection::opened(near).expect("options"));
         let done = connect(&tunnel, &client_context).await.expect("client handshake");
         let result = copy(&app, &tunnel, done.session, done.early, &counted).await;
         end_of_copy(result, app, tunnel).await
     });
     let inbound = tokio::spawn(async move {
-        let (app, tunnel) = (Connection::new(server_proxy), Connection::new(far));
+        let (app, tunnel) =
+            (Connection::opened(server_proxy).expect("options"), Connection::opened(far).expect("options"));
         let done = accept(&tunnel, &server_context).await.expect("server handshake");
         let result = copy(&app, &tunnel, done.session, done.early, &Traffic::default()).await;
         end_of_copy(result, app, tunnel).await
@@ -214,7 +216,8 @@ async fn an_abrupt_end_of_tls_becomes_a_reset() {
     let (mut app, app_proxy) = tcp_pair().await;
     let (near, far) = tcp_pair().await;
     let inbound = tokio::spawn(async move {
-        let (app, tunnel) = (Connection::new(app_proxy), Connection::new(far));
+        let (app, tunnel) =
+            (Connection::opened(app_proxy).expect("options"), Connection::opened(far).expect("options"));
         let done = accept(&tunnel, &server).await.expect("handshake");
         let result = copy(&app, &tunnel, done.session, done.early, &Traffic::default()).await;
         end_of_copy(result, app, tunnel).await

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use super::copy::copy;
 use super::listener::{Shared, State};
 use super::live::{Refusal, Story};
-use super::socket::{Connection, prepare};
+use super::socket::Connection;
 use crate::balance::{NoPlace, Place};
 use crate::handoff::Family;
 use crate::tls::{self, Established, HandshakeError};
@@ -102,8 +102,7 @@ async fn connect_app(shared: &Shared, state: &State) -> Result<(Connection, Plac
     let connect = async {
         let socket = shared.context.sockets.app_socket(Family::of(address)).await?;
         let stream = socket.connect(address).await?;
-        prepare((&stream).into())?;
-        Ok::<_, io::Error>(Connection::new(stream))
+        Connection::opened(stream)
     };
     match timeout(destination.config.connect_timeout, connect).await {
         Ok(Ok(app)) => Ok((app, place)),

@@ -172,7 +172,7 @@ impl Shared {
         let mut open = self.open.lock();
         if open.len() >= state.limit() {
             drop(open);
-            drop(Connection::new(stream)); // a reset: refused, not closed
+            drop(stream); // a reset: refused, not closed
             let refusal = Refusal::new(RefusalReason::Limit, format_args!("{} connections are open", state.limit()));
             return self.story(&live, &state).refuse(refusal);
         }
@@ -185,7 +185,7 @@ impl Shared {
         let task = handle.spawn(async move {
             let (entry, _place) = (entry, place);
             let Ok(stream) = TcpStream::from_std(stream) else { return };
-            entry.shared.carry(&entry.live, Connection::new(stream)).await;
+            entry.shared.carry(&entry.live, Connection::accepted(stream)).await;
         });
         let _only_set_here = live.task.set(task.abort_handle());
         open.insert(id, live);

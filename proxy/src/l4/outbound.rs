@@ -9,7 +9,7 @@ use super::copy::copy;
 use super::inbound::HANDSHAKE_TIMEOUT;
 use super::listener::{Shared, State};
 use super::live::{Refusal, Story};
-use super::socket::{Connection, prepare};
+use super::socket::Connection;
 use crate::balance::{Destination, NoPlace, Place};
 use crate::handoff::Family;
 use crate::sockets::unconnected;
@@ -88,8 +88,7 @@ async fn connect_one(
         Ok(connected) => connected.map_err(|error| failed(&error))?,
         Err(_) => return Err(failed(&"no answer in time")),
     };
-    prepare((&stream).into()).map_err(|error| failed(&error))?;
-    let tunnel = Connection::new(stream);
+    let tunnel = Connection::opened(stream).map_err(|error| failed(&error))?;
     match timeout(HANDSHAKE_TIMEOUT, tls::connect(&tunnel, tls)).await {
         Ok(Ok(established)) => Ok((established, tunnel)),
         Ok(Err(error)) => {

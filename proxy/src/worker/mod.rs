@@ -1,0 +1,231 @@
+//! The node's worker: many proxies in one process without privilege, fed by the agent over the control socket.
+//!
+//! It outlives its agent. When the control socket ends, connections and listeners go on with the last configuration, and the
+//! worker calls at [`ADOPTION_SOCKET`] until an agent answers or [`ORPHAN_LIFE`] has passed; then it drains and exits.
+//!
+//! A panic in one connection's task ends that connection (its sockets are reset as they are dropped) and nothing else.
+
+mod link;
+mod pool;
+mod privilege;
+mod proxies;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+pub use pool::{APP_SOCKET_WAIT, BATCH, LOW_WATER};
+pub use privilege::{NOBODY, PrivilegeError, drop_all};
+
+use crate::events::{EventReader, Events};
+use crate::handoff::{ADOPTION_SOCKET, ControlSocket, EventRecord, ReceiveError, SendError, ToAgent, ToWorker};
+use crate::metrics::Metrics;
+use crate::threads::{DataThreads, Placement};
+use link::Link;
+pub(crate) use privilege::raise_descriptor_limit;
+use proxies::Proxies;
+
+/// How long a worker looks for another agent.
+pub const ORPHAN_LIFE: Duration = Duration::from_secs(60);
+/// Pause between two calls.
+const CALL_PAUSE: Duration = Duration::from_millis(100);
+/// How long connections may go on when no agent was found, and when an agent did not name a proxy again.
+const ORPHAN_DRAIN: Duration = Duration::from_secs(30);
+/// Within this time after it took over, an agent has to name every proxy that shall stay.
+const RENAMING: Duration = Duration::from_secs(60);
+/// Longest wait for the last events to be read, after everything was drained.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Runs the worker on this end of a control socket. Call it first in `main`: it gives up all privileges, which has to happen
+/// before a second thread exists. Returns when the worker was drained.
+///
+/// # Errors
+/// Privileges could not be dropped, or threads, descriptors and the socket are not as they should be.
+pub fn run(control_socket: OwnedFd) -> anyhow::Result<()> {
+    drop_all().context("the worker refuses to run with privileges")?;
+    let descriptors = raise_descriptor_limit().context("raise the limit of open descriptors")?;
+    let threads = DataThreads::per_processor().context("start data threads")?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    info!(pid = std::process::id(), ?descriptors, "worker starts");
+    runtime.block_on(async {
+        let control = ControlSocket::new(control_socket).context("control socket")?;
+        Worker::new(threads.placement()).live(control, ADOPTION_SOCKET).await;
+        Ok(())
+    })
+}
+
+/// How an agent's time ended.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum End {
+    /// It is gone.
+    Gone,
+    /// All was drained at its order.
+    Drained,
+}
+
+struct Worker {
+    link: Arc<Link>,
+    proxies: Proxies,
+    outbox: Outbox,
+}
+
+impl Worker {
+    fn new(threads: Arc<Placement>) -> Self {
+        let (link, messages) = Link::new();
+        let (events, reader) = Events::new(Arc::new(Metrics::default()));
+        let proxies = Proxies::new(Arc::clone(&link), threads, events);
+        Self { link, proxies, outbox: Outbox { messages, events: reader } }
+    }
+
+    /// Serves one agent after the other, until drained.
+    async fn live(mut self, first: ControlSocket, adoption: &str) {
+        let mut agent = first;
+        let mut introduction = Vec::new();
+        loop {
+            introduction.insert(0, (hello(), None));
+            let end = self.attend(&agent, introduction).await;
+            self.link.disconnected();
+            if end == End::Drained || self.proxies.drained() {
+                return info!("drained");
+            }
+            warn!("the agent is gone; serving on with the last configuration");
+            let Some(next) = find_agent(adoption).await else {
+                error!("no agent within {ORPHAN_LIFE:?}; draining");
+                return self.proxies.drain_all(ORPHAN_DRAIN).await;
+            };
+            info!("an agent took over");
+            agent = next;
+            introduction = self.proxies.introduction();
+            self.proxies.unname();
+        }
+    }
+
+    /// Serves one agent while it is there. Sending and receiving never wait for each other: two ends that both only send would
+    /// wait for ever.
+    async fn attend(&mut self, agent: &ControlSocket, introduction: Vec<Parcel>) -> End {
+        let Self { link, proxies, outbox } = self;
+        let finish = CancellationToken::new();
+        let mut sending = std::pin::pin!(outbox.send_all(agent, introduction, finish.clone()));
+        link.connected();
+        proxies.retry();
+        let end = tokio::select! {
+            end = obey(agent, link, proxies) => end,
+            () = &mut sending => End::Gone,
+        };
+        if end == End::Drained {
+            finish.cancel();
+            let _agent_may_be_gone = timeout(FAREWELL, sending).await;
+        }
+        end
+    }
+}
+
+fn hello() -> ToAgent {
+    ToAgent::Hello { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned() }
+}
+
+async fn find_agent(adoption: &str) -> Option<ControlSocket> {
+    let until = Instant::now() + ORPHAN_LIFE;
+    while Instant::now() < until {
+        if let Ok(agent) = ControlSocket::call(adoption) {
+            return Some(agent);
+        }
+        sleep(CALL_PAUSE).await;
+    }
+    None
+}
+
+/// Does what the agent says, until it is gone or everything is drained.
+async fn obey(agent: &ControlSocket, link: &Link, proxies: &mut Proxies) -> End {
+    let renamed_by = Instant::now() + RENAMING;
+    loop {
+        if proxies.drained() {
+            return End::Drained;
+        }
+        tokio::select! {
+            message = agent.recv::<ToWorker>() => match message {
+                Ok(Some((message, descriptors))) => handle(message, descriptors, link, proxies),
+                Ok(None) => return End::Gone,
+                Err(ReceiveError::Socket(error)) => {
+                    warn!(%error, "control socket");
+                    return End::Gone;
+                }
+                Err(error) => error!(%error, "the agent sent what is not understood"),
+            },
+            Some(proxy) = proxies.next_gone() => link.tell(ToAgent::Stopped { proxy }).await,
+            () = sleep_until(renamed_by), if proxies.any_unnamed() => proxies.stop_unnamed(ORPHAN_DRAIN),
+        }
+    }
+}
+
+fn handle(message: ToWorker, mut descriptors: Vec<OwnedFd>, link: &Link, proxies: &mut Proxies) {
+    match message {
+        ToWorker::Serve { proxy, cluster, node, token } => proxies.serve(&proxy, &cluster, &node, token),
+        ToWorker::Stop { proxy, deadline_ms } => proxies.stop(&proxy, Duration::from_millis(deadline_ms)),
+        ToWorker::Drain { deadline_ms } => proxies.start_drain(Duration::from_millis(deadline_ms)),
+        ToWorker::Listener { request, result } | ToWorker::XdsConnection { request, result } => {
+            link.answered(request, result, descriptors.pop());
+        }
+        ToWorker::AppSockets { proxy, family, error, .. } => {
+            if let Some(error) = &error {
+                warn!(proxy, error, "the agent cannot make sockets");
+            }
+            let pool = link.pools.lock().get(&proxy).cloned();
+            if let Some(pool) = pool {
+                pool.fill(family, descriptors, error);
+            }
+        }
+    }
+}
+
+/// A message, with the descriptor that goes with it.
+type Parcel = (ToAgent, Option<OwnedFd>);
+
+/// What waits to be sent to the agent.
+struct Outbox {
+    messages: mpsc::Receiver<ToAgent>,
+    events: EventReader,
+}
+
+impl Outbox {
+    /// Sends until the agent is gone; after `finish` until nothing waits any more. Messages go first, events when none waits.
+    async fn send_all(&mut self, agent: &ControlSocket, introduction: Vec<Parcel>, finish: CancellationToken) {
+        for (message, descriptor) in introduction {
+            let descriptors: Vec<BorrowedFd<'_>> = descriptor.iter().map(AsFd::as_fd).collect();
+            if send(agent, &message, &descriptors).await.is_err() {
+                return;
+            }
+        }
+        loop {
+            let message = tokio::select! {
+                biased;
+                Some(message) = self.messages.recv() => message,
+                Some(event) = self.events.next() => ToAgent::Event(EventRecord::from(&event)),
+                () = finish.cancelled() => return,
+            };
+            let lost = self.events.take_lost();
+            if send(agent, &message, &[]).await.is_err()
+                || lost > 0 && send(agent, &ToAgent::EventsLost { count: lost }, &[]).await.is_err()
+            {
+                return;
+            }
+        }
+    }
+}
+
+async fn send(agent: &ControlSocket, message: &ToAgent, descriptors: &[BorrowedFd<'_>]) -> Result<(), ()> {
+    match agent.send(message, descriptors).await {
+        Ok(()) => Ok(()),
+        Err(SendError::Socket(_)) => Err(()),
+        Err(error) => {
+            error!(%error, "a message to the agent was not sent");
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! The proxies of a worker: started, stopped, and counted until they are gone.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use super::Parcel;
+use super::link::{AgentDial, Link};
+use super::pool::{HandedSockets, Pool};
+use crate::events::Events;
+use crate::handoff::{ProxyStatus, Secret, ToAgent};
+use crate::proxy::{Feed, Proxy};
+use crate::threads::Placement;
+use crate::xds::{Node, Token, XdsChannel, XdsClient};
+
+/// One proxy at work.
+struct Served {
+    client: XdsClient,
+    /// Taken when it is told to stop.
+    stop: Option<oneshot::Sender<Duration>>,
+    status: watch::Receiver<ProxyStatus>,
+    /// The present agent wants it.
+    named: bool,
+}
+
+/// See the module.
+pub(super) struct Proxies {
+    link: Arc<Link>,
+    threads: Arc<Placement>,
+    channel: XdsChannel,
+    events: Events,
+    served: BTreeMap<String, Served>,
+    running: JoinSet<String>,
+    draining: bool,
+}
+
+impl Proxies {
+    pub(super) fn new(link: Arc<Link>, threads: Arc<Placement>, events: Events) -> Self {
+        let channel = XdsChannel::over(AgentDial(Arc::clone(&link)));
+        let (served, running) = (BTreeMap::new(), JoinSet::new());
+        Self { link, threads, channel, events, served, running, draining: false }
+    }
+
+    /// Serves `proxy`, or goes on to: the token of the xDS stream is all that may change.
+    pub(super) fn serve(&mut self, proxy: &str, cluster: &str, node: &str, token: Option<Secret>) {
+        let token = token.map(|token| Token::new(token.expose().to_owned()).map_err(|error| (token, error)));
+        let token = match token.transpose() {
+            Ok(token) => token.flatten(),
+            Err((_, error)) => return warn!(proxy, %error, "not served"),
+        };
+        if self.draining {
+            return warn!(proxy, "not served: the worker is draining");
+        }
+        if let Some(served) = self.served.get_mut(proxy).filter(|served| served.stop.is_some()) {
+            served.named = true;
+            return served.client.set_token(token);
+        }
+        if self.served.contains_key(proxy) {
+            return warn!(proxy, "not served: it is still being drained");
+        }
+        info!(proxy, "serving");
+        let introduction = Node::new(proxy, cluster).with("namespace", "default").with("node_name", node);
+        let client = XdsClient::start(self.channel.clone(), introduction, token);
+        let pool = Arc::new(Pool::default());
+        self.link.pools.lock().insert(proxy.to_owned(), Arc::clone(&pool));
+        let sockets = HandedSockets { proxy: proxy.to_owned(), link: Arc::clone(&self.link), pool };
+        let runs = Proxy::new(proxy, node, Arc::new(sockets), Arc::clone(&self.threads), self.events.clone());
+        let (publish, status) = watch::channel(ProxyStatus { proxy: proxy.to_owned(), ..ProxyStatus::default() });
+        let (stop, stopped) = oneshot::channel();
+        let feed = Feed { config: client.config(), status: client.status() };
+        tokio::spawn(report(Arc::clone(&self.link), status.clone()));
+        let id = proxy.to_owned();
+        self.running.spawn(async move {
+            runs.run(feed, publish, stopped).await;
+            id
+        });
+        self.served.insert(proxy.to_owned(), Served { client, stop: Some(stop), status, named: true });
+    }
+
+    /// Drains `proxy`.
+    pub(super) fn stop(&mut self, proxy: &str, deadline: Duration) {
+        let Some(served) = self.served.get_mut(proxy) else {
+            return warn!(proxy, "told to stop a proxy that is not served");
+        };
+        if let Some(stop) = served.stop.take() {
+            let _runs_until_told = stop.send(deadline);
+        }
+    }
+
+    /// Drains all of them; [`Self::drained`] tells when that is done.
+    pub(super) fn start_drain(&mut self, deadline: Duration) {
+        self.draining = true;
+        for proxy in self.served.keys().cloned().collect::<Vec<_>>() {
+            self.stop(&proxy, deadline);
+        }
+    }
+
+    pub(super) async fn drain_all(&mut self, deadline: Duration) {
+        self.start_drain(deadline);
+        while self.next_gone().await.is_some() {}
+    }
+
+    /// Everything was drained, and nothing will be served any more.
+    pub(super) fn drained(&self) -> bool {
+        self.draining && self.running.is_empty()
+    }
+
+    /// The next proxy that is gone; `None` while none runs. Cancel-safe.
+    pub(super) async fn next_gone(&mut self) -> Option<String> {
+        let proxy = match self.running.join_next().await? {
+            Ok(proxy) => proxy,
+            Err(error) => {
+                tracing::error!(%error, "a proxy failed");
+                let failed = |served: &Served| served.status.has_changed().is_err(); // its sender is gone
+                self.served.iter().find(|(_, served)| failed(served))?.0.clone()
+            }
+        };
+        self.served.remove(&proxy);
+        self.link.pools.lock().remove(&proxy);
+        self.link.held.lock().retain(|(owner, _), _| *owner != proxy);
+        Some(proxy)
+    }
+
+    /// Asks for the configuration at once: there is an agent again.
+    pub(super) fn retry(&self) {
+        self.channel.retry_now();
+    }
+
+    /// What a new agent has to know: listeners and states.
+    pub(super) fn introduction(&self) -> Vec<Parcel> {
+        let held = self.link.held.lock();
+        let listener = |((proxy, address), listener): (&(String, _), &std::net::TcpListener)| {
+            let copy = listener.try_clone().inspect_err(|error| warn!(%error, proxy, "cannot hand back a listener"));
+            Some((ToAgent::Adopt { proxy: proxy.clone(), address: *address }, Some(copy.ok()?.into())))
+        };
+        let listeners: Vec<Parcel> = held.iter().filter_map(listener).collect();
+        let states = self.served.values().map(|served| (ToAgent::Status(served.status.borrow().clone()), None));
+        listeners.into_iter().chain(states).collect()
+    }
+
+    /// A new agent has to name every proxy again.
+    pub(super) fn unname(&mut self) {
+        self.served.values_mut().for_each(|served| served.named = false);
+    }
+
+    pub(super) fn any_unnamed(&self) -> bool {
+        self.served.values().any(|served| !served.named && served.stop.is_some())
+    }
+
+    pub(super) fn stop_unnamed(&mut self, deadline: Duration) {
+        let unnamed = self.served.iter().filter(|(_, served)| !served.named && served.stop.is_some());
+        for proxy in unnamed.map(|(proxy, _)| proxy.clone()).collect::<Vec<_>>() {
+            warn!(proxy, "the agent did not name this proxy again; draining it");
+            self.stop(&proxy, deadline);
+        }
+    }
+}
+
+/// Tells the agent every state, until the proxy is gone.
+async fn report(link: Arc<Link>, mut status: watch::Receiver<ProxyStatus>) {
+    while status.changed().await.is_ok() {
+        let now = status.borrow_and_update().clone();
+        link.tell(ToAgent::Status(now)).await;
+    }
+}
