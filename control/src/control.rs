@@ -137,7 +137,7 @@ impl Control {
         let checks = Checks::new(ledger.clone(), &config.node_name, dialer, metrics.clone());
         tasks.spawn(checks.clone().supervise(catalog.clone(), stop.clone()));
         let publisher = MeshPublisher::new(&ledger, &leaves, settings_seen.clone(), &place);
-        let mesh = publisher.subscribe();
+        let (mesh, requested) = (publisher.subscribe(), publisher.requested());
         tasks.spawn(publisher.run(stop.clone()));
 
         let api = Api {
@@ -152,6 +152,7 @@ impl Control {
             checks,
             intentions: Intentions::new(ledger.clone()),
             leaves: leaves.clone(),
+            requested,
             metrics: metrics.clone(),
             drain: drain.clone(),
         };

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use culvert_types::{Action, Datacenter, Encryption, HealthStatus, Intention, ServiceName, TrustDomain};
+use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
-use crate::ca::{LeafWatch, Leaves};
+use crate::ca::{LeafError, LeafWatch, Leaves, check_registered};
 use crate::catalog::Place;
 use crate::config::Reloadable;
 use crate::state::rows::{Proxy, Service, Upstream};
@@ -130,6 +131,29 @@ fn instance(state: &State, sidecar: &Service, proxy: &Proxy, context: &MeshConte
     })
 }
 
+/// Leaves that applications asked for over the API: kept while their service is registered, so that the next one to ask gets
+/// the same certificate and may wait for its renewal. Bounded by the services of this node.
+#[derive(Default)]
+pub(crate) struct RequestedLeaves(Mutex<BTreeMap<ServiceName, LeafWatch>>);
+
+impl RequestedLeaves {
+    /// The leaf of `service`, which the caller knows to be registered here.
+    pub(crate) fn watch(&self, leaves: &Leaves, service: &ServiceName) -> Result<LeafWatch, LeafError> {
+        let mut requested = self.0.lock();
+        if let Some(watch) = requested.get(service) {
+            return Ok(watch.clone());
+        }
+        let watch = leaves.watch(service)?;
+        requested.insert(service.clone(), watch.clone());
+        Ok(watch)
+    }
+
+    /// Lets go of leaves whose service is gone.
+    fn prune(&self, state: &State, node: &str) {
+        self.0.lock().retain(|service, _| check_registered(state, node, service).is_ok());
+    }
+}
+
 /// Computes the view anew whenever the state, a setting or a certificate changes.
 pub(crate) struct MeshPublisher {
     ledger: Ledger,
@@ -137,6 +161,7 @@ pub(crate) struct MeshPublisher {
     settings: watch::Receiver<Reloadable>,
     place: Arc<Place>,
     publish: watch::Sender<Arc<MeshView>>,
+    requested: Arc<RequestedLeaves>,
     kept: BTreeMap<ServiceName, KeptLeaf>,
     /// Rung by every new leaf.
     leaf: Arc<Notify>,
@@ -169,9 +194,14 @@ impl MeshPublisher {
             settings,
             place: Arc::clone(place),
             publish: watch::Sender::new(Arc::new(view)),
+            requested: Arc::default(),
             kept: BTreeMap::new(),
             leaf: Arc::default(),
         }
+    }
+
+    pub(crate) fn requested(&self) -> Arc<RequestedLeaves> {
+        Arc::clone(&self.requested)
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<MeshView>> {
@@ -185,6 +215,7 @@ impl MeshPublisher {
             let state = Arc::clone(&states.borrow_and_update());
             let settings = *self.settings.borrow_and_update();
             self.keep_leaves(&state);
+            self.requested.prune(&state, &self.place.node);
             self.publish(&state, settings);
             tokio::select! {
                 () = stop.cancelled() => return,

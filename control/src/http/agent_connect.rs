@@ -56,7 +56,7 @@ async fn leaf(State(api): Shared, Path(service): Path<String>, query: Query) -> 
     // The authority checks it again when it signs; here it keeps strangers from starting work, and cached leaves from them.
     check_registered(&api.ledger.state(), &api.place.node, &service)
         .map_err(|err| Failure(ApiError::forbidden(err)))?;
-    let mut watch = api.leaves.watch(&service)?;
+    let mut watch = api.requested.watch(&api.leaves, &service)?;
     let mut leaf = watch.ready().await?;
     let deadline = tokio::time::Instant::now() + options.wait + jitter(options.wait / 16);
     while options.index > 0 && view::leaf_index(&leaf) <= options.index {

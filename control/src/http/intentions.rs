@@ -83,6 +83,16 @@ fn draft(body: Wire, source: &str, destination: &str) -> Result<Draft, Failure> 
             return Err(bad(format!("{field} {text:?}: Namespaces are a Consul Enterprise feature")));
         }
     }
+    for (field, text) in
+        [("SourcePartition", &body.source_partition), ("DestinationPartition", &body.destination_partition)]
+    {
+        if !matches!(text.as_str(), "" | "default") {
+            return Err(bad(format!("{field} {text:?}: Partitions are a Consul Enterprise feature")));
+        }
+    }
+    if !body.source_peer.is_empty() {
+        return Err(bad("SourcePeer: cluster peering is not supported by culvert yet".to_owned()));
+    }
     if !matches!(body.source_type.as_str(), "" | "consul") {
         return Err(bad(format!("SourceType must be set to 'consul', got {:?}", body.source_type)));
     }

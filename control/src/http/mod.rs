@@ -37,6 +37,7 @@ use crate::catalog::{Catalog, Place};
 use crate::checks::Checks;
 use crate::config::{HttpLimits, Reloadable};
 use crate::intentions::Intentions;
+use crate::mesh::RequestedLeaves;
 use crate::metrics::Metrics;
 use crate::state::Ledger;
 
@@ -57,6 +58,7 @@ pub(crate) struct Api {
     pub(crate) checks: Checks,
     pub(crate) intentions: Intentions,
     pub(crate) leaves: Leaves,
+    pub(crate) requested: Arc<RequestedLeaves>,
     pub(crate) metrics: Metrics,
     /// Cancelled at shutdown: blocked reads answer then.
     pub(crate) drain: CancellationToken,
@@ -74,7 +76,7 @@ type Shared = State<Arc<Api>>;
 /// The whole API; `routes` are the agent's own, and may not repeat what is here.
 pub(crate) fn router(api: Arc<Api>, routes: Router) -> Router {
     let limit = DefaultBodyLimit::max(api.limits.max_body);
-    Router::new()
+    let endpoints = Router::new()
         .merge(status::routes())
         .merge(agent::routes())
         .merge(agent_check::routes())
@@ -86,8 +88,9 @@ pub(crate) fn router(api: Arc<Api>, routes: Router) -> Router {
         .with_state(Arc::clone(&api))
         .merge(routes)
         .fallback(unknown_path)
-        .layer(limit)
-        .layer(middleware::from_fn_with_state(api, conventions))
+        .layer(limit);
+    // A router around the router: `Allow` is added outside of the inner one's layers.
+    Router::new().fallback_service(endpoints).layer(middleware::from_fn_with_state(api, conventions))
 }
 
 async fn unknown_path(uri: Uri) -> Response<Body> {

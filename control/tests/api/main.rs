@@ -1,0 +1,9 @@
+//! The HTTP API over real sockets.
+
+mod blocking;
+mod client;
+mod connect;
+mod conventions;
+mod life;
+mod nomad;
+mod services;
