@@ -4,7 +4,6 @@
 //! namespaces, kernel programs and processes, and have no network listener.
 
 use std::future::Future;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -22,7 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{OnceCell, mpsc, oneshot};
 use tracing::{error, info, warn};
 
-use crate::config::AgentSettings;
+use crate::config::Settings;
 use crate::datapath::{Datapath, DatapathConfig, unified_root};
 use crate::events::EventHub;
 use crate::policy::{self, PolicyEngine};
@@ -41,7 +40,7 @@ const LEAVE_DRAIN: Duration = Duration::from_secs(2);
 const ASK_QUEUE: usize = 8;
 
 /// Reads the settings again, for reload.
-pub type SettingsSource = Box<dyn Fn() -> anyhow::Result<AgentSettings> + Send>;
+pub type SettingsSource = Box<dyn Fn() -> anyhow::Result<Settings> + Send>;
 
 type Asks = mpsc::Receiver<(Ask, oneshot::Sender<Result<(), String>>)>;
 
@@ -49,9 +48,9 @@ type Asks = mpsc::Receiver<(Ask, oneshot::Sender<Result<(), String>>)>;
 ///
 /// # Errors
 /// What keeps it from starting: another agent, missing rights, a taken port, unreadable state.
-pub fn run(settings: AgentSettings, again: SettingsSource) -> anyhow::Result<()> {
+pub fn run(settings: Settings, again: SettingsSource) -> anyhow::Result<()> {
     require_root()?;
-    let data_dir = settings.data_dir();
+    let data_dir = settings.data_dir.clone();
     make_private(&data_dir)?;
     lock::take(&data_dir, now())?;
     let node_file = NodeFile::load_or_create(&data_dir)?;
@@ -98,14 +97,13 @@ fn make_private(data_dir: &Path) -> anyhow::Result<()> {
 }
 
 async fn serve(
-    settings: AgentSettings,
+    settings: Settings,
     again: SettingsSource,
     node_file: NodeFile,
     control_runtime: &Runtime,
 ) -> anyhow::Result<()> {
-    let data_dir = settings.data_dir();
-    let node_name = settings.node_name.clone().map_or_else(host_name, Ok)?;
-    let advertise = advertise(&settings)?;
+    let data_dir = settings.data_dir.clone();
+    let (node_name, advertise) = (settings.node_name.clone(), settings.advertise);
     let hub = EventHub::new();
     let (asks, asked) = mpsc::channel(ASK_QUEUE);
     let routes_state = Arc::new(RouteState {
@@ -117,7 +115,7 @@ async fn serve(
     });
     let netns = NetnsTable::new(Handle::current());
     let routes = routes::router(Arc::clone(&routes_state));
-    let config = control_config(&settings, &node_name, &node_file, advertise, routes);
+    let config = control_config(&settings, &node_file, routes);
     let dialer = Arc::new(netns.clone());
     let control = on(control_runtime.handle(), async { Control::start(config, dialer).await }).await?;
     let control = control.context("control plane")?;
@@ -146,7 +144,7 @@ async fn serve(
         hub: Arc::clone(&hub),
     });
     let worker_settings =
-        WorkerSettings { data_dir: data_dir.clone(), node: node_name.clone(), log: settings.log_level.clone() };
+        WorkerSettings { data_dir: data_dir.clone(), node: node_name.clone(), log: settings.log_level.as_str().to_owned() };
     let (supervisor, worker) = worker::supervisor(worker_settings, surroundings);
     tokio::spawn(supervisor.run());
     metrics::register(&hub, &worker, &control);
@@ -183,44 +181,50 @@ async fn on<T: Send + 'static>(runtime: &Handle, work: impl Future<Output = T> +
     runtime.spawn(work).await.context("a part of the agent ended in a panic")
 }
 
-fn control_config(
-    settings: &AgentSettings,
-    node_name: &str,
-    node_file: &NodeFile,
-    advertise: IpAddr,
-    routes: axum::Router,
-) -> ControlConfig {
+fn control_config(settings: &Settings, node_file: &NodeFile, routes: axum::Router) -> ControlConfig {
+    let ca = CaSettings {
+        leaf_ttl: settings.ca.leaf_ttl,
+        intermediate_ttl: settings.ca.intermediate_ttl,
+        root_ttl: settings.ca.root_ttl,
+        csr_max_per_second: settings.ca.csr_max_per_second,
+        ..CaSettings::default()
+    };
+    let limits = HttpLimits {
+        max_connections: settings.limits.http_max_conns,
+        max_connections_per_client: settings.limits.http_max_conns_per_client,
+        ..HttpLimits::default()
+    };
     ControlConfig {
-        node_name: node_name.to_owned(),
+        node_name: settings.node_name.clone(),
         node_id: node_file.node_id.to_string(),
         datacenter: settings.datacenter.clone(),
-        data_dir: (!settings.dev).then(|| settings.data_dir()),
-        http: vec![SocketAddr::new(settings.client_addr, settings.http_port)],
-        grpc: settings.grpc_port.map(|port| SocketAddr::new(settings.client_addr, port)),
-        advertise,
+        data_dir: (!settings.dev).then(|| settings.data_dir.clone()),
+        http: settings.http.clone(),
+        grpc: settings.grpc.first().copied(),
+        advertise: settings.advertise,
         settings: reloadable(settings),
-        ca: CaSettings { leaf_ttl: settings.leaf_ttl, ..CaSettings::default() },
-        clock: Clock::system(),
         sidecar_ports: settings.sidecar_ports.clone(),
         version: CONSUL_VERSION,
         dev: settings.dev,
-        limits: HttpLimits::default(),
+        ca,
+        clock: Clock::system(),
+        limits,
         xds_limits: XdsLimits::default(),
         routes,
     }
 }
 
-fn reloadable(settings: &AgentSettings) -> Reloadable {
-    Reloadable { default_policy: settings.default_policy(), encryption: settings.encryption }
+fn reloadable(settings: &Settings) -> Reloadable {
+    Reloadable { default_policy: settings.default_policy, encryption: settings.encryption }
 }
 
 fn load_datapath(
-    settings: &AgentSettings,
+    settings: &Settings,
     state: &RouteState,
 ) -> (Option<Datapath>, Option<mpsc::Receiver<crate::datapath::KernelEvent>>) {
-    let loaded = if settings.ebpf {
+    let loaded = if settings.ebpf.enabled {
         unified_root().map_err(|error| format!("cgroup2: {error}")).and_then(|root| {
-            let config = DatapathConfig::new(settings.bpf_dir.clone(), root.join(&settings.cgroup_parent));
+            let config = DatapathConfig::new(settings.ebpf.bpf_dir.clone(), root.join(&settings.cgroup_parent));
             Datapath::load(&config).map_err(|error| chain(&error))
         })
     } else {
@@ -251,7 +255,7 @@ async fn reconcile(records: &Records, network: &Network, policy: &PolicyEngine) 
     Ok(())
 }
 
-fn node_context(settings: &AgentSettings, node_name: &str, node_file: &NodeFile) -> NodeContext {
+fn node_context(settings: &Settings, node_name: &str, node_file: &NodeFile) -> NodeContext {
     let attributes = [
         ("kernel.name", "linux".to_owned()),
         ("cpu.arch", std::env::consts::ARCH.to_owned()),
@@ -264,20 +268,6 @@ fn node_context(settings: &AgentSettings, node_name: &str, node_file: &NodeFile)
         datacenter: settings.datacenter.to_string(),
         attributes: attributes.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
         meta: std::collections::BTreeMap::new(),
-    }
-}
-
-fn host_name() -> anyhow::Result<String> {
-    let name = nix::unistd::gethostname().context("read the host's name")?;
-    name.into_string().map_err(|_| anyhow::anyhow!("the host's name is not text; set node_name"))
-}
-
-/// Where other nodes reach this one.
-fn advertise(settings: &AgentSettings) -> anyhow::Result<IpAddr> {
-    match settings.advertise {
-        Some(address) => Ok(address),
-        None if settings.dev => Ok(Ipv4Addr::LOCALHOST.into()),
-        None => bail!("set advertise_addr: the address at which other nodes reach this one (or use -dev)"),
     }
 }
 
@@ -320,7 +310,7 @@ impl Surroundings for NodeSurroundings {
 
 /// Everything that runs.
 struct Agent {
-    settings: AgentSettings,
+    settings: Settings,
     again: SettingsSource,
     control: Arc<Control>,
     runner: Arc<Runner>,
@@ -368,18 +358,14 @@ impl Agent {
 
     /// Reads the configuration again and applies what may change: `encryption` and `default_intention_policy`.
     async fn reload(&mut self) -> Result<(), String> {
-        let settings = (self.again)().map_err(|error| format!("{error:#}"))?;
-        let changeable = AgentSettings {
-            encryption: settings.encryption,
-            default_policy: settings.default_policy,
-            ..self.settings.clone()
-        };
-        if changeable != settings {
-            warn!("some changed settings need a restart; only encryption and default_intention_policy are applied");
+        let new = (self.again)().map_err(|error| format!("{error:#}"))?;
+        let fixed = self.settings.fixed_changes(&new);
+        if !fixed.is_empty() {
+            warn!(settings = fixed.join(", "), "these settings need a restart; they stay as they are");
         }
-        self.settings = changeable;
+        (self.settings.encryption, self.settings.default_policy) = (new.encryption, new.default_policy);
         self.control.reload(reloadable(&self.settings));
-        info!(encryption = %self.settings.encryption, default_policy = %self.settings.default_policy(), "configuration reloaded");
+        info!(encryption = %self.settings.encryption, default_policy = %self.settings.default_policy, "configuration reloaded");
         Ok(())
     }
 

@@ -11,6 +11,7 @@
 
 mod balance;
 pub mod bootstrap;
+pub mod command;
 pub mod config;
 pub mod events;
 pub mod handoff;

@@ -1,1 +1,48 @@
-//! Placeholder.
+//! End-to-end tests: a whole node in a world of its own, the real binary, real network namespaces, real eBPF.
+//!
+//! [`World`] puts the calling thread, and every process it starts, into a network and a mount namespace of their own, with
+//! their own `/run` and BPF file system: names need not be changed, and nothing is left when the last process ends.
+//! [`Node`] is a `culvert agent -dev` in it, steered as a user would: by the command line and the HTTP API.
+
+#![forbid(unsafe_code)]
+
+mod http;
+mod node;
+mod sniff;
+mod world;
+
+pub use http::{get, get_json, put};
+pub use node::{Node, NodeOptions};
+pub use sniff::{Seen, Sniffer};
+pub use world::World;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Patience of tests on a slow and noisy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A binary of the workspace, beside this test's own.
+///
+/// # Panics
+/// When it was not built: `cargo xtask test` builds all of them first.
+#[must_use]
+pub fn binary(name: &str) -> PathBuf {
+    let own = std::env::current_exe().expect("a test has a path");
+    let folder = own.ancestors().nth(2).expect("target/<profile>/deps/<test>");
+    let path = folder.join(name);
+    assert!(path.is_file(), "{} is not built; run the tests with `cargo xtask test`", path.display());
+    path
+}
+
+/// Waits until `done`.
+///
+/// # Panics
+/// After [`PATIENCE`], naming `what`.
+pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !done() {
+        assert!(started.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain: {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}

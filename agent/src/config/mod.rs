@@ -1,208 +1,161 @@
-//! The agent's settings: defaults, then files in lexical order, then flags.
+//! The agent's configuration: files, fragments and flags in, one checked [`Settings`] out.
 //!
-//! Files are HCL or JSON with Consul's keys. A key that nobody knows is refused, and so is one that Consul knows and culvert does not
-//! honour yet: by name, with its place. Nothing is read from the environment.
+//! Sources in order: `-config-file` and `-config-dir` as they stand on the command line (a directory's `.hcl` and `.json` files
+//! in lexical order), then `-hcl` fragments, then flags; the later one wins. A key that nobody knows is `invalid config key x`;
+//! one that Consul knows and culvert does not honour is refused by name, unless its value asks for nothing (`false`, `0`,
+//! `-1`, `""`, `[]`, `{}`). Reading again gives the settings for a reload; [`Settings::fixed_changes`] names what a reload
+//! cannot change. Fuzz target: [`check`].
 
-mod file;
+mod apply;
+mod keys;
+mod settings;
+mod text;
 
-use std::net::{IpAddr, Ipv4Addr};
-use std::ops::RangeInclusive;
+use std::fmt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use culvert_types::{Action, Datacenter, Encryption};
+pub use settings::{CaTimes, DEFAULT_DATA_DIR, DEFAULT_DEV_DATA_DIR, EbpfSettings, Limits, LogLevel, Settings};
+pub use text::{MAX_TEXT, Place};
 
-pub use file::{ConfigError, Setting};
+use crate::cli::AgentArgs;
+use apply::Draft;
 
-/// Everything the agent can be told.
-#[derive(Clone, Debug, PartialEq)]
-pub struct AgentSettings {
-    /// `-dev`: state in memory, loopback only, workloads removed when the agent ends.
-    pub dev: bool,
-    /// `server`: this agent holds the state.
-    pub server: bool,
-    /// `node_name`; default: the host's name.
-    pub node_name: Option<String>,
-    /// `datacenter`, default `dc1`.
-    pub datacenter: Datacenter,
-    /// `data_dir`, default `/var/lib/culvert`, with `-dev` `/run/culvert`.
-    pub data_dir: Option<PathBuf>,
-    /// `client_addr`: where the HTTP API and xDS listen, default 127.0.0.1.
-    pub client_addr: IpAddr,
-    /// `advertise_addr` or `bind_addr`: where other nodes reach this one, default 127.0.0.1 with `-dev`.
-    pub advertise: Option<IpAddr>,
-    /// `ports.http`, default 8500.
-    pub http_port: u16,
-    /// `ports.grpc`, default 8502; `None` turns it off.
-    pub grpc_port: Option<u16>,
-    /// `ports.sidecar_min_port` to `ports.sidecar_max_port`, default 21000-21255; `None`: no assignment.
-    pub sidecar_ports: Option<RangeInclusive<u16>>,
-    /// `log_level`, default info (`-dev`: debug as in Consul would hide what matters here; info as well).
-    pub log_level: String,
-    /// `default_intention_policy`; default deny, with `-dev` allow.
-    pub default_policy: Option<Action>,
-    /// `encryption`, default always.
-    pub encryption: Encryption,
-    /// `ebpf.enabled`, `-no-ebpf`; default on, where the kernel can.
-    pub ebpf: bool,
-    /// `ebpf.bpf_dir`, default `/sys/fs/bpf/culvert`.
-    pub bpf_dir: PathBuf,
-    /// `cgroup_parent`, default `culvert`.
-    pub cgroup_parent: String,
-    /// `connect.ca_config.leaf_cert_ttl`, default 72h.
-    pub leaf_ttl: Duration,
+/// Most files that one directory may hold.
+const MAX_FILES: usize = 1000;
+
+/// Where a setting comes from.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Origin {
+    /// A place in a file.
+    File {
+        /// The file.
+        file: String,
+        /// The place.
+        place: Place,
+    },
+    /// A flag.
+    Flag(&'static str),
 }
 
-impl Default for AgentSettings {
-    fn default() -> Self {
-        Self {
-            dev: false,
-            server: false,
-            node_name: None,
-            datacenter: Datacenter::new("dc1").expect("a valid name"),
-            data_dir: None,
-            client_addr: Ipv4Addr::LOCALHOST.into(),
-            advertise: None,
-            http_port: 8500,
-            grpc_port: Some(8502),
-            sidecar_ports: Some(21000..=21255),
-            log_level: "info".to_owned(),
-            default_policy: None,
-            encryption: Encryption::Always,
-            ebpf: true,
-            bpf_dir: PathBuf::from("/sys/fs/bpf/culvert"),
-            cgroup_parent: "culvert".to_owned(),
-            leaf_ttl: Duration::from_secs(72 * 3600),
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File { file, place } => write!(f, "{file}:{place}"),
+            Self::Flag(flag) => f.write_str(flag),
         }
     }
 }
 
-impl AgentSettings {
-    /// Where the agent keeps its state.
-    #[must_use]
-    pub fn data_dir(&self) -> PathBuf {
-        let default = if self.dev { "/run/culvert" } else { "/var/lib/culvert" };
-        self.data_dir.clone().unwrap_or_else(|| PathBuf::from(default))
-    }
-
-    /// What holds for pairs that no intention speaks about.
-    #[must_use]
-    pub fn default_policy(&self) -> Action {
-        self.default_policy.unwrap_or(if self.dev { Action::Allow } else { Action::Deny })
-    }
-
-    /// Reads files on top of `self`: each of `files`, then each folder's `.hcl` and `.json` in lexical order.
-    ///
-    /// # Errors
-    /// [`ConfigError`] with file, line and column.
-    pub fn read(mut self, files: &[PathBuf], folders: &[PathBuf], fragments: &[String]) -> Result<Self, ConfigError> {
-        for path in files {
-            self.read_file(path)?;
-        }
-        for folder in folders {
-            for path in file::in_folder(folder)? {
-                self.read_file(&path)?;
-            }
-        }
-        for fragment in fragments {
-            for setting in file::parse(fragment, Path::new("-hcl"), false)? {
-                self.set(&setting)?;
-            }
-        }
-        Ok(self)
-    }
-
-    fn read_file(&mut self, path: &Path) -> Result<(), ConfigError> {
-        let text = file::load(path)?;
-        let json = path.extension().is_some_and(|extension| extension == "json");
-        for setting in file::parse(&text, path, json)? {
-            self.set(&setting)?;
-        }
-        Ok(())
-    }
-
-    fn set(&mut self, setting: &Setting) -> Result<(), ConfigError> {
-        match setting.path.as_str() {
-            "server" => self.server = setting.boolean()?,
-            "node_name" => self.node_name = Some(setting.text()?.to_owned()),
-            "datacenter" => self.datacenter = setting.parsed()?,
-            "data_dir" => self.data_dir = Some(setting.text()?.into()),
-            "client_addr" => self.client_addr = setting.parsed()?,
-            "advertise_addr" => self.advertise = Some(setting.parsed()?),
-            "bind_addr" => {
-                let address: IpAddr = setting.parsed()?;
-                if !address.is_unspecified() && self.advertise.is_none() {
-                    self.advertise = Some(address);
-                }
-            }
-            "ports.http" => self.http_port = setting.port()?.ok_or_else(|| setting.refuse("cannot be turned off"))?,
-            "ports.grpc" => self.grpc_port = setting.port()?,
-            "ports.sidecar_min_port" => self.sidecar_ports = sidecar_range(setting.port()?, self.sidecar_max()),
-            "ports.sidecar_max_port" => self.sidecar_ports = sidecar_range(self.sidecar_min(), setting.port()?),
-            "log_level" => self.log_level = setting.text()?.to_lowercase(),
-            "default_intention_policy" => self.default_policy = Some(setting.parsed()?),
-            "encryption" => self.encryption = setting.parsed()?,
-            "ebpf.enabled" => self.ebpf = setting.boolean()?,
-            "ebpf.bpf_dir" => self.bpf_dir = setting.text()?.into(),
-            "cgroup_parent" => self.cgroup_parent = setting.text()?.to_owned(),
-            "connect.enabled" if setting.boolean()? => {}
-            "connect.ca_config.leaf_cert_ttl" => {
-                self.leaf_ttl =
-                    culvert_types::parse_go_duration(setting.text()?).map_err(|error| setting.refuse(error))?;
-            }
-            _ => return Err(file::unknown(setting)),
-        }
-        Ok(())
-    }
-
-    fn sidecar_min(&self) -> Option<u16> {
-        self.sidecar_ports.as_ref().map(|range| *range.start())
-    }
-
-    fn sidecar_max(&self) -> Option<u16> {
-        self.sidecar_ports.as_ref().map(|range| *range.end())
-    }
+/// Why there are no settings.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A file or directory cannot be read.
+    #[error("read configuration {}", path.display())]
+    Read {
+        /// Which one.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A directory holds more than a thousand files.
+    #[error("configuration directory {} holds more than {MAX_FILES} files", .0.display())]
+    TooManyFiles(PathBuf),
+    /// Not HCL and not JSON.
+    #[error("{origin}: {message}")]
+    Syntax {
+        /// Where.
+        origin: Origin,
+        /// What was expected.
+        message: String,
+    },
+    /// A key that neither Consul nor culvert knows.
+    #[error("{origin}: invalid config key {key}")]
+    UnknownKey {
+        /// Where.
+        origin: Origin,
+        /// The whole key.
+        key: String,
+    },
+    /// A key that Consul knows and culvert does not honour.
+    #[error("{origin}: config key {key} is not supported by culvert yet: remove it")]
+    Unsupported {
+        /// Where.
+        origin: Origin,
+        /// The whole key.
+        key: String,
+    },
+    /// A value that makes no sense.
+    #[error("{origin}: {key}: {message}")]
+    Value {
+        /// Where.
+        origin: Origin,
+        /// The whole key.
+        key: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// Settings that contradict each other or are missing.
+    #[error("{0}")]
+    Together(String),
 }
 
-/// 0 at either end turns the assignment off, as in Consul.
-fn sidecar_range(min: Option<u16>, max: Option<u16>) -> Option<RangeInclusive<u16>> {
-    Some(min?..=max?)
+/// Reads everything that `args` name.
+///
+/// # Errors
+/// [`ConfigError`]: nothing is skipped, and the first error ends it.
+pub fn load(args: &AgentArgs) -> Result<Settings, ConfigError> {
+    let mut draft = Draft::default();
+    for path in &args.config {
+        for file in files(path)? {
+            let text = read(&file)?;
+            draft.text(&text, &file.display().to_string())?;
+        }
+    }
+    for fragment in &args.hcl {
+        draft.text(fragment, "-hcl")?;
+    }
+    draft.flags(args)?;
+    draft.finish()
+}
+
+/// Checks one text as if it were the only file, without finishing the settings.
+///
+/// # Errors
+/// [`ConfigError`] as [`load`] would give it.
+pub fn check(text: &str, file: &str) -> Result<(), ConfigError> {
+    Draft::default().text(text, file)
+}
+
+fn read(path: &Path) -> Result<String, ConfigError> {
+    let failed = |source| ConfigError::Read { path: path.to_owned(), source };
+    let limit = u64::try_from(MAX_TEXT).unwrap_or(u64::MAX).saturating_add(1);
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(failed)?;
+    std::io::Read::read_to_string(&mut std::io::Read::take(file, limit), &mut text).map_err(failed)?;
+    Ok(text)
+}
+
+/// The file itself, or a directory's configuration files in lexical order.
+fn files(path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+    let failed = |source| ConfigError::Read { path: path.to_owned(), source };
+    if !std::fs::metadata(path).map_err(failed)?.is_dir() {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(failed)? {
+        let file = entry.map_err(failed)?.path();
+        let wanted = file.extension().is_some_and(|extension| extension == "hcl" || extension == "json");
+        if wanted && file.is_file() {
+            files.push(file);
+        }
+        if files.len() > MAX_FILES {
+            return Err(ConfigError::TooManyFiles(path.to_owned()));
+        }
+    }
+    files.sort();
+    Ok(files)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn read(text: &str) -> Result<AgentSettings, ConfigError> {
-        AgentSettings::default().read(&[], &[], &[text.to_owned()])
-    }
-
-    #[test]
-    fn blocks_and_objects_mean_the_same() {
-        for text in [
-            "ports { grpc = 8600 }\nencryption = \"between-nodes\"",
-            "ports = { grpc = 8600 }\nencryption = \"between-nodes\"",
-        ] {
-            let settings = read(text).expect(text);
-            assert_eq!((settings.grpc_port, settings.encryption), (Some(8600), Encryption::BetweenNodes));
-        }
-    }
-
-    #[test]
-    fn unknown_keys_are_refused_with_their_place() {
-        let error = read("server = true\n  colour = 1\n").expect_err("unknown").to_string();
-        assert_eq!(error, "-hcl:2:3: invalid config key colour");
-    }
-
-    #[test]
-    fn keys_of_consul_that_are_not_honoured_are_refused_by_name() {
-        let error = read("acl { enabled = true }").expect_err("refused").to_string();
-        assert!(error.contains("acl.enabled is not supported by culvert yet"), "{error}");
-    }
-
-    #[test]
-    fn wrong_values_say_what_is_expected() {
-        let error = read("encryption = \"sometimes\"").expect_err("refused").to_string();
-        assert!(error.starts_with("-hcl:1:1: encryption: ") && error.contains("between-nodes"), "{error}");
-    }
-}
+mod tests;

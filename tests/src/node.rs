@@ -1,0 +1,252 @@
+//! A whole node: `culvert agent -dev` with the countdash job.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use serde_json::Value;
+
+use crate::http::{get, get_json};
+use crate::world::World;
+use crate::{binary, eventually};
+
+/// The agent's API in every world.
+const API: &str = "127.0.0.1:8500";
+
+/// How a node is started.
+#[derive(Clone, Debug)]
+pub struct NodeOptions {
+    /// `encryption` at the start.
+    pub encryption: &'static str,
+    /// With eBPF?
+    pub ebpf: bool,
+    /// Further lines of configuration.
+    pub settings: String,
+}
+
+impl Default for NodeOptions {
+    fn default() -> Self {
+        Self { encryption: "always", ebpf: true, settings: String::new() }
+    }
+}
+
+/// A running agent. Dropping it kills the agent; [`Node::leave`] ends it properly.
+#[derive(Debug)]
+pub struct Node {
+    folder: PathBuf,
+    options: NodeOptions,
+    cgroup_parent: String,
+    agent: Option<Child>,
+}
+
+impl Node {
+    /// Starts the agent and waits until it serves.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[must_use]
+    pub fn start(world: &World, options: NodeOptions) -> Self {
+        let folder = PathBuf::from("/run/test");
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let mut node = Self { folder, options, cgroup_parent: world.cgroup_parent(), agent: None };
+        node.configure(node.options.encryption);
+        node.spawn();
+        node
+    }
+
+    /// Starts the agent again after it ended.
+    ///
+    /// # Panics
+    /// When it does not serve.
+    pub fn spawn(&mut self) {
+        let log = File::options().create(true).append(true).open(self.log_path()).expect("a log");
+        let mut command = Command::new(binary("culvert"));
+        command.args(["agent", "-dev", "-config-file"]).arg(self.settings_path());
+        command.args(["-cgroup-parent", &self.cgroup_parent]);
+        if !self.options.ebpf {
+            command.arg("-no-ebpf");
+        }
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log);
+        self.agent = Some(command.spawn().expect("start the agent"));
+        eventually("the agent serves", || {
+            if let Some(status) = self.agent.as_mut().and_then(|agent| agent.try_wait().ok().flatten()) {
+                panic!("the agent ended with {status}:\n{}", self.log());
+            }
+            get(API, "/v1/culvert/status").is_ok()
+        });
+    }
+
+    fn settings_path(&self) -> PathBuf {
+        self.folder.join("agent.hcl")
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.folder.join("agent.log")
+    }
+
+    /// What the agent has logged.
+    #[must_use]
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    fn configure(&self, encryption: &str) {
+        let text = format!("encryption = {encryption:?}\n{}\n", self.options.settings);
+        std::fs::write(self.settings_path(), text).expect("write the configuration");
+    }
+
+    /// Switches `encryption` live.
+    pub fn encrypt(&self, encryption: &str) {
+        self.configure(encryption);
+        self.culvert(&["reload"]);
+    }
+
+    /// Process id of the agent.
+    ///
+    /// # Panics
+    /// When it does not run.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        let id = self.agent.as_ref().expect("the agent runs").id();
+        i32::try_from(id).expect("a process id")
+    }
+
+    /// `kill -9`.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn kill(&mut self) {
+        let mut agent = self.agent.take().expect("the agent runs");
+        agent.kill().expect("kill the agent");
+        agent.wait().expect("reap the agent");
+    }
+
+    /// `culvert leave`: everything is removed, the agent ends.
+    ///
+    /// # Panics
+    /// When the agent does not end well.
+    pub fn leave(&mut self) {
+        self.culvert(&["leave"]);
+        let status = self.agent.take().expect("the agent runs").wait().expect("reap the agent");
+        assert!(status.success(), "the agent ended with {status}:\n{}", self.log());
+    }
+
+    /// Runs a `culvert` command.
+    ///
+    /// # Panics
+    /// When it fails, with what it said and the agent's log.
+    pub fn culvert(&self, arguments: &[&str]) -> String {
+        let output = self.try_culvert(arguments);
+        assert!(
+            output.status.success(),
+            "culvert {}: {}: {}\n{}",
+            arguments.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stderr),
+            self.log()
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Runs a `culvert` command that may fail.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn try_culvert(&self, arguments: &[&str]) -> Output {
+        Command::new(binary("culvert")).args(arguments).output().expect("start culvert")
+    }
+
+    /// GET of the agent's API.
+    ///
+    /// # Panics
+    /// When it does not answer.
+    #[must_use]
+    pub fn api(&self, path: &str) -> Value {
+        get_json(API, path).unwrap_or_else(|error| panic!("{path}: {error:#}\n{}", self.log()))
+    }
+
+    /// The metrics, summed over all samples of `name` whose line holds all of `labels`.
+    #[must_use]
+    pub fn metric(&self, name: &str, labels: &[&str]) -> u64 {
+        let text = get(API, "/v1/culvert/metrics").unwrap_or_default();
+        let samples = text.lines().filter(|line| {
+            line.starts_with(&format!("{name}{{")) && labels.iter().all(|label| line.contains(label))
+        });
+        samples.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+    }
+
+    /// Runs the countdash example.
+    pub fn run_countdash(&self) {
+        let bin = binary("counter-api");
+        let variable = format!("bin={}", bin.parent().expect("a folder").display());
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/countdash.nomad.hcl");
+        self.culvert(&["job", "run", "-var", &variable, &file.to_string_lossy()]);
+    }
+
+    /// Runs a job given as text.
+    ///
+    /// # Panics
+    /// When it is refused.
+    pub fn run_job(&self, name: &str, text: &str) {
+        let path = self.folder.join(format!("{name}.nomad.hcl"));
+        std::fs::write(&path, text).expect("write the job file");
+        self.culvert(&["job", "run", &path.to_string_lossy()]);
+    }
+
+    /// What the dashboard says of its connection.
+    #[must_use]
+    pub fn dashboard(&self) -> Value {
+        get_json("127.0.0.1:9002", "/state").unwrap_or_default()
+    }
+
+    /// The dashboard is connected and its count grows.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn counts(&self) {
+        eventually(&format!("the dashboard is connected; log:\n{}", self.log()), || self.dashboard()["connected"] == true);
+        let before = self.dashboard()["count"].as_u64();
+        eventually("the count grows", || {
+            let state = self.dashboard();
+            state["connected"] == true && state["count"].as_u64() > before
+        });
+    }
+
+    /// The dashboard is cut off, and stays so.
+    ///
+    /// # Panics
+    /// When it is not.
+    pub fn does_not_count(&self) {
+        eventually("the dashboard disconnects", || self.dashboard()["connected"] == false);
+        let count = self.dashboard()["count"].clone();
+        std::thread::sleep(std::time::Duration::from_secs(3));
+        let state = self.dashboard();
+        assert!(state["connected"] == false && state["count"] == count, "counts although denied: {state}");
+    }
+
+    /// The first allocation of `group` in `job`.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn allocation(&self, job: &str, group: &str) -> Value {
+        let status = self.api(&format!("/v1/culvert/job/{job}"));
+        let allocations = status["Allocations"].as_array().cloned().unwrap_or_default();
+        let found = allocations.into_iter().find(|allocation| allocation["Group"] == group);
+        found.unwrap_or_else(|| panic!("no allocation of {group}: {status}"))
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(agent) = &mut self.agent {
+            if std::thread::panicking() {
+                println!("--- log of the agent\n{}", std::fs::read_to_string(self.folder.join("agent.log")).unwrap_or_default());
+            }
+            // A test that failed must not leave a node running: ask, then force.
+            drop(Command::new(binary("culvert")).arg("leave").output());
+            drop(agent.kill());
+            drop(agent.wait());
+        }
+    }
+}
