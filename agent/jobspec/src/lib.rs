@@ -16,7 +16,6 @@ mod environment;
 mod hcl;
 mod model;
 mod parse;
-mod resolve;
 mod sidecar;
 mod template;
 mod validate;
@@ -30,6 +29,5 @@ pub use environment::{
 };
 pub use model::*;
 pub use parse::{MAX_SOURCE, check_runnable, parse};
-pub use resolve::{ResolveError, ResolvedCheck, ResolvedConnect, ResolvedHttp, ResolvedService};
 pub use sidecar::{SIDECAR_DRIVER, Sidecar};
 pub use template::{Part, Template, TemplateError};

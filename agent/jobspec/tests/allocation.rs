@@ -1,8 +1,6 @@
 //! What an allocation makes of a job: its environment and its services.
 
-use culvert_jobspec::{
-    AllocContext, Environment, EnvironmentError, Job, NodeContext, PortBinding, ResolveError, TaskDirs, parse,
-};
+use culvert_jobspec::{AllocContext, Environment, EnvironmentError, Job, NodeContext, PortBinding, TaskDirs, parse};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
@@ -118,65 +116,20 @@ fn values_that_double_themselves_are_refused() {
     assert!(matches!(missing, Err(EnvironmentError::UnknownTask(_))), "{missing:?}");
 }
 
-fn resolve(name: &str, rest: &str) -> Result<Vec<culvert_jobspec::ResolvedService>, ResolveError> {
-    let source = SEED.replace("name = \"count-dashboard\"", &format!("name = \"{name}\"\n{rest}"));
-    let job = job(&source);
+#[test]
+fn services_refer_to_the_allocation_but_not_to_a_task() {
+    let job =
+        job(&SEED.replace("name = \"count-dashboard\"", "name = \"dash-${NOMAD_ALLOC_INDEX}-${NOMAD_META_nope}\""));
     let group = job.group("dashboard").expect("group");
     let environment = Environment::of_group(&job, group, &context()).expect("environment");
-    group.resolve_services(&environment, &context())
-}
-
-#[test]
-fn services_are_resolved_for_an_allocation() {
-    let check = r#"
-      tags = ["v${NOMAD_ALLOC_INDEX}", "${UNKNOWN}"]
-      meta {
-        rack = "${meta.rack}"
-      }
-      check {
-        type     = "http"
-        path     = "/health/${NOMAD_ALLOC_INDEX}"
-        interval = "10s"
-        timeout  = "2s"
-        header {
-          X-Alloc = ["${NOMAD_SHORT_ALLOC_ID}"]
-        }
-      }
-    "#;
-    let services = resolve("dash-${NOMAD_ALLOC_INDEX}", check).expect("resolve");
-    let service = &services[0];
-    assert_eq!((service.name.as_str(), service.port, service.port_label.as_str()), ("dash-2", Some(9002), "http"));
-    assert_eq!(service.tags, ["v2", "${UNKNOWN}"]);
-    assert_eq!(service.meta["rack"], "r7");
-    let check = &service.checks[0];
-    assert_eq!((check.name.as_str(), check.port), ("service: \"dash-2\" check", 9002));
-    let http = check.http.as_ref().expect("http");
-    assert_eq!((http.path.as_str(), http.method.as_str()), ("/health/2", "GET"));
-    assert_eq!(http.headers["X-Alloc"], ["1f2e3d4c"]);
-    let connect = service.connect.as_ref().expect("connect");
-    assert_eq!(connect.local_service_port, Some(9002));
-    assert_eq!(connect.tags, service.tags, "a sidecar takes its service's tags");
-}
-
-#[test]
-fn a_name_that_does_not_resolve_is_an_error() {
-    let error = resolve("dash-${NOMAD_META_nope}", "").expect_err("unresolved");
+    assert_eq!(environment.lookup("NOMAD_ALLOC_INDEX"), Some("2"));
+    assert_eq!(environment.lookup("NOMAD_TASK_NAME"), None);
+    let name = &group.services[0].name;
+    assert_eq!(name.render("tag", &environment).expect("render"), "dash-2-${NOMAD_META_nope}");
     assert_eq!(
-        error.to_string(),
-        "service name \"dash-${NOMAD_META_nope}\" refers to ${NOMAD_META_nope}, which this allocation does not have"
+        name.render_strict("service name", &environment).expect_err("unresolved").to_string(),
+        "service name \"dash-${NOMAD_ALLOC_INDEX}-${NOMAD_META_nope}\" refers to ${NOMAD_META_nope}, which this allocation does not have"
     );
-    let error = resolve("dash-${NOMAD_ALLOC_NAME}", "").expect_err("invalid");
-    assert!(matches!(error, ResolveError::Name { .. }), "{error}");
-}
-
-#[test]
-fn a_label_without_a_port_is_an_error() {
-    let job = job(SEED);
-    let group = job.group("dashboard").expect("group");
-    let context = AllocContext { ports: BTreeMap::new(), ..context() };
-    let environment = Environment::of_group(&job, group, &context).expect("environment");
-    let error = group.resolve_services(&environment, &context).expect_err("no port");
-    assert_eq!(error.to_string(), "No port of label \"http\" defined");
 }
 
 proptest! {

@@ -166,13 +166,14 @@ fn the_same_job_on_other_lines_changes_nothing() {
 }
 
 #[test]
-fn only_what_processes_see_replaces_them() {
+fn any_difference_but_the_count_replaces_allocations() {
     let old = job(EXAMPLE);
     for (from, to, expected) in [
-        ("\"2s\"", "\"3s\"", Change::InPlace),
-        ("port = \"9001\"", "port = \"9001\"\n tags = [\"v1\"]", Change::InPlace),
+        ("\"2s\"", "\"3s\"", Change::Replace),
+        ("port = \"9001\"", "port = \"9001\"\n tags = [\"v1\"]", Change::Replace),
         ("datacenters = [\"dc1\"]", "priority = 60", Change::Nothing),
         ("group \"api\" {", "group \"api\" {\n count = 2", Change::Nothing),
+        ("datacenters = [\"dc1\"]", "region = \"eu\"", Change::Replace),
         ("datacenters = [\"dc1\"]", "meta {\n a = \"b\"\n }", Change::Replace),
         ("PORT = \"9001\"", "PORT = \"9003\"", Change::Replace),
         ("sidecar_service {}", "sidecar_service {\n tags = [\"x\"]\n }", Change::Replace),

@@ -12,6 +12,5 @@ pub(crate) use closest::closest;
 pub(crate) use job::decode_job;
 pub use job::{MAX_COUNT, MAX_NAME};
 pub(crate) use reader::header;
-pub(crate) use service::is_service_name;
 pub use task::MAX_KILL_TIMEOUT;
 pub(crate) use variables::{evaluate_locals, evaluate_variables};

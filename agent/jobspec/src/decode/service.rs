@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Longest service name: it must fit a DNS label (RFC 1035 §2.3.4).
-pub(crate) const MAX_SERVICE_NAME: usize = 63;
+pub(super) const MAX_SERVICE_NAME: usize = 63;
 
 /// Shortest `interval` and `timeout` of a check.
 const MIN_CHECK_TIME: Duration = Duration::from_secs(1);
@@ -148,7 +148,7 @@ fn check_service_name(reader: &Reader<'_>, name: &At<Template>) {
 }
 
 /// RFC 1123 label: letters, digits and inner dashes, at most [`MAX_SERVICE_NAME`] bytes.
-pub(crate) fn is_service_name(text: &str) -> bool {
+fn is_service_name(text: &str) -> bool {
     let inner = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
     !text.is_empty()
         && text.len() <= MAX_SERVICE_NAME

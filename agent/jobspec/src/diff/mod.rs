@@ -6,7 +6,7 @@
 mod render;
 mod tree;
 
-use crate::{Group, Job, Service};
+use crate::{Group, Job};
 use std::collections::BTreeMap;
 use tree::Node;
 
@@ -105,19 +105,16 @@ pub struct Updates {
     pub destroy: u32,
     /// Stopped, and started anew in another allocation.
     pub replace: u32,
-    /// Changed while they run: registration only.
-    pub in_place: u32,
     /// Left alone.
     pub ignore: u32,
 }
 
-/// What a new version means for the running allocations of a group.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+/// What a new version means for the running allocations of a group. Nomad has in-place updates besides: culvert replaces
+/// an allocation for any difference but the count, so that what runs is always what one version of the job says.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Change {
     /// They stay as they are.
     Nothing,
-    /// Tags, meta and checks of services are registered anew; the processes go on.
-    InPlace,
     /// They are stopped and others take their place.
     Replace,
 }
@@ -147,19 +144,10 @@ pub fn diff(old: Option<&Job>, new: &Job) -> JobDiff {
 #[must_use]
 pub fn group_change(old: &Job, new: &Job, group: &str) -> Change {
     let (Some(before), Some(after)) = (old.group(group), new.group(group)) else { return Change::Replace };
+    // What reaches a task's environment from outside its group.
     let environment = |job: &Job| (job.region.clone(), job.namespace.clone(), job.meta.clone());
-    let processes = |group: &Group| (group.network.clone(), group.tasks.clone(), group.meta.clone());
-    let mesh = |group: &Group| {
-        let of = |service: &Service| (service.name.clone(), service.port.clone(), service.connect.clone());
-        group.services.iter().map(of).collect::<Vec<_>>()
-    };
-    if environment(old) != environment(new) || processes(before) != processes(after) || mesh(before) != mesh(after) {
-        Change::Replace
-    } else if before.services != after.services {
-        Change::InPlace
-    } else {
-        Change::Nothing
-    }
+    let same = environment(old) == environment(new) && Group { count: after.count, ..before.clone() } == *after;
+    if same { Change::Nothing } else { Change::Replace }
 }
 
 fn group_diff(old: Option<&Job>, new: &Job, name: &str) -> GroupDiff {
@@ -190,7 +178,6 @@ fn updates(before: u32, after: u32, change: Change) -> Updates {
         create: after.saturating_sub(before),
         destroy: before.saturating_sub(after),
         replace: on(Change::Replace),
-        in_place: on(Change::InPlace),
         ignore: on(Change::Nothing),
     }
 }

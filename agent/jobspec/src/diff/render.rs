@@ -74,7 +74,6 @@ impl fmt::Display for Updates {
             (self.create, "create"),
             (self.destroy, "destroy"),
             (self.replace, "create/destroy update"),
-            (self.in_place, "in-place update"),
             (self.ignore, "ignore"),
         ];
         let parts = parts.iter().filter(|(count, _)| *count > 0);
