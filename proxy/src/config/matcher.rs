@@ -37,6 +37,20 @@ enum Pattern {
     Suffix,
     Contains,
     Regex(Regex),
+    /// A regular expression of the form that intentions take. A compiled one needs tens of kilobytes, and a listener has
+    /// one per source service.
+    Simple(Box<[Token]>),
+}
+
+/// A part of a simple expression.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Token {
+    /// This byte.
+    Byte(u8),
+    /// `.`: one byte, not the end of a line.
+    Any,
+    /// `[^/]+`, before a `/` or the end.
+    Segment,
 }
 
 /// Matches a whole string. Regular expressions run in linear time and must match the whole string, as RE2's full match.
@@ -89,6 +103,9 @@ impl StringMatcher {
         if pattern.len() > MAX_PATTERN {
             return Err(MatcherError::TooLong(pattern.len()));
         }
+        if let Some(tokens) = simple(pattern) {
+            return Ok(Self { text: pattern.into(), pattern: Pattern::Simple(tokens), ignore_case: false });
+        }
         // Alone first: `a)(b` is no expression, but would be one between our parentheses.
         compile(pattern, pattern)?;
         let regex = compile(pattern, &format!(r"\A(?:{pattern})\z"))?;
@@ -119,6 +136,7 @@ impl StringMatcher {
             Pattern::Suffix => value.ends_with(&*self.text),
             Pattern::Contains => value.contains(&*self.text),
             Pattern::Regex(regex) => regex.is_match(value.as_bytes()),
+            Pattern::Simple(tokens) => matches_simple(tokens, value.as_bytes()),
         }
     }
 
@@ -128,9 +146,65 @@ impl StringMatcher {
             Pattern::Prefix => "prefix",
             Pattern::Suffix => "suffix",
             Pattern::Contains => "contains",
-            Pattern::Regex(_) => "safe_regex",
+            Pattern::Regex(_) | Pattern::Simple(_) => "safe_regex",
         }
     }
+}
+
+/// Reads `pattern` if it is nothing but literals, `.` and `[^/]+`, with or without anchors:
+/// `^spiffe://<trust domain>/ns/default/dc/[^/]+/svc/web$`.
+fn simple(pattern: &str) -> Option<Box<[Token]>> {
+    const SEGMENT: &[u8] = b"[^/]+";
+    let pattern = pattern.strip_prefix('^').unwrap_or(pattern);
+    // `\$` is a literal: the loop sees a backslash at the end then, and gives up.
+    let mut rest = pattern.strip_suffix('$').unwrap_or(pattern).as_bytes();
+    let mut tokens = Vec::with_capacity(rest.len());
+    loop {
+        rest = match rest {
+            [] => return Some(tokens.into()),
+            [b'[', ..] => {
+                let after = rest.strip_prefix(SEGMENT)?;
+                if !matches!(after, [] | [b'/', ..]) || tokens.last() == Some(&Token::Segment) {
+                    return None;
+                }
+                tokens.push(Token::Segment);
+                after
+            }
+            [b'.', after @ ..] => {
+                tokens.push(Token::Any);
+                after
+            }
+            [b'\\', byte, after @ ..] if byte.is_ascii_punctuation() && !matches!(byte, b'<' | b'>') => {
+                tokens.push(Token::Byte(*byte));
+                after
+            }
+            [b'\\' | b'^' | b'$' | b'*' | b'+' | b'?' | b'(' | b')' | b'|' | b']' | b'{' | b'}', ..] => return None,
+            [byte, after @ ..] => {
+                tokens.push(Token::Byte(*byte));
+                after
+            }
+        };
+        // What a quantifier follows is no literal.
+        if matches!(rest, [b'*' | b'+' | b'?' | b'{', ..]) {
+            return None;
+        }
+    }
+}
+
+fn matches_simple(tokens: &[Token], value: &[u8]) -> bool {
+    let mut rest = value;
+    for token in tokens {
+        let taken = match token {
+            Token::Byte(byte) => usize::from(rest.first() == Some(byte)),
+            Token::Any => usize::from(rest.first().is_some_and(|byte| *byte != b'\n')),
+            Token::Segment => rest.iter().take_while(|byte| **byte != b'/').count(),
+        };
+        if taken == 0 {
+            return false;
+        }
+        rest = &rest[taken..];
+    }
+    rest.is_empty()
 }
 
 fn compile(original: &str, pattern: &str) -> Result<Regex, MatcherError> {
@@ -193,6 +267,33 @@ mod tests {
         assert!(!matcher.matches(&WEB.replace("dc1", "dc1/svc/x")));
         assert!(!StringMatcher::regex("web").expect("no anchors").matches(WEB));
         assert!(StringMatcher::regex("a|ab").expect("alternatives").matches("ab"));
+    }
+
+    #[test]
+    fn the_patterns_of_intentions_need_no_automaton() {
+        let escaped = WEB.replace('.', r"\.").replace("dc1", "[^/]+");
+        for pattern in [format!("^{escaped}$"), format!("^{}$", WEB.replace("dc1", "[^/]+")), "[^/]+".to_owned()] {
+            assert!(simple(&pattern).is_some(), "{pattern}");
+        }
+        for pattern in [r"\d", "a*", r"\", r"a\$", "^^", "[^/]+x", "[a]", "a$$", ".+", "(a)", r"\<a"] {
+            assert!(simple(pattern).is_none(), "{pattern}");
+        }
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(4096))]
+
+        #[test]
+        fn simple_patterns_mean_what_the_compiler_says(
+            pattern in r"\^?(a|b|/|\.|\[\^/\]\+|\\\.|\\-|\\\$|\\|\+|é|\$){0,6}\$?",
+            value in "(a|b|c|/|\\.|-|\\$|\n|é){0,7}",
+        ) {
+            if simple(&pattern).is_some() {
+                let regex = compile(&pattern, &format!(r"\A(?:{pattern})\z")).expect("a regular expression too");
+                let matcher = StringMatcher::regex(&pattern).expect("simple");
+                proptest::prop_assert_eq!(matcher.matches(&value), regex.is_match(value.as_bytes()));
+            }
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use super::refuse;
 use crate::rbac::{Cidr, Permission, Policy, Principal, Rbac, RbacAction};
 
 /// Most policies, permissions and principals of one filter, counted together.
-pub const MAX_RBAC_RULES: usize = 50_000;
+pub const MAX_RBAC_RULES: usize = 100_000;
 /// How deep permissions and principals may be nested.
 pub const MAX_RBAC_DEPTH: usize = 16;
 
