@@ -9,12 +9,14 @@ use serde_json::Value;
 use zeroize::Zeroizing;
 
 use super::object::Object;
-use crate::xds::{Node, Token, XdsChannel};
+use crate::xds::{Node, ServerTrust, Token, XdsChannel};
 
 /// Largest bootstrap file, in bytes.
 pub const MAX_BOOTSTRAP: u64 = 1 << 20;
 /// The header that carries the ACL token.
 const TOKEN_KEY: &str = "x-consul-token";
+/// The only transport socket there is.
+const UPSTREAM_TLS: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext";
 /// Where admin access logs may go, since none is written.
 const NOWHERE: &str = "/dev/null";
 
@@ -31,13 +33,15 @@ pub struct Bootstrap {
     pub admin: Option<SocketAddr>,
 }
 
-/// The address of a control plane. Both kinds are local: nothing is encrypted.
+/// How a control plane is reached.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum ControlPlane {
     /// A unix socket; a relative path is relative to the working directory.
     Unix(PathBuf),
-    /// A TCP address.
+    /// A TCP address, in clear: on loopback.
     Tcp(SocketAddr),
+    /// A TCP address, by TLS.
+    Tls(SocketAddr, ServerTrust),
 }
 
 impl ControlPlane {
@@ -47,6 +51,7 @@ impl ControlPlane {
         match self {
             Self::Unix(path) => XdsChannel::unix(path.clone()),
             Self::Tcp(address) => XdsChannel::tcp(*address),
+            Self::Tls(address, trust) => XdsChannel::tls(*address, trust),
         }
     }
 }
@@ -212,6 +217,7 @@ fn static_resources(mut resources: Object, control_plane: &str) -> Result<Contro
         "http2_protocol_options",           // gRPC is HTTP/2
         "typed_extension_protocol_options", // likewise
     ])?;
+    let trust = cluster.object("transport_socket")?.map(transport_socket).transpose()?;
     let mut assignment = cluster.required_object("load_assignment")?;
     cluster.finish()?;
     assignment.ignore(&["cluster_name"])?;
@@ -225,11 +231,33 @@ fn static_resources(mut resources: Object, control_plane: &str) -> Result<Contro
     host.finish()?;
     if let Some(mut pipe) = address.object("pipe")? {
         let path = pipe.required_text("path")?;
+        if trust.is_some() {
+            return Err(pipe.error("path", "TLS over a unix socket is not supported by culvert"));
+        }
         pipe.finish()?;
         address.finish()?;
         return Ok(ControlPlane::Unix(PathBuf::from(path)));
     }
-    socket_address(address).map(ControlPlane::Tcp)
+    let address = socket_address(address)?;
+    Ok(trust.map_or(ControlPlane::Tcp(address), |trust| ControlPlane::Tls(address, trust)))
+}
+
+/// The roots of the control plane, as Consul writes them for an agent with TLS.
+fn transport_socket(mut socket: Object) -> Result<ServerTrust, BootstrapError> {
+    socket.ignore(&["name"])?; // the type says which one it is
+    let mut config = socket.required_object("typed_config")?;
+    socket.finish()?;
+    config.expect_text("@type", UPSTREAM_TLS)?;
+    let mut common = config.required_object("common_tls_context")?;
+    config.finish()?;
+    let mut validation = common.required_object("validation_context")?;
+    common.finish()?;
+    let mut source = validation.required_object("trusted_ca")?;
+    validation.finish()?;
+    let pem = source.required_text("inline_string")?;
+    let trust = ServerTrust::from_pem(pem.as_bytes()).map_err(|error| source.error("inline_string", error))?;
+    source.finish()?;
+    Ok(trust)
 }
 
 fn socket_address(mut address: Object) -> Result<SocketAddr, BootstrapError> {

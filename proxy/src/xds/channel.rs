@@ -11,10 +11,15 @@ use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use rustls_pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::watch;
+use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint, Uri};
+
+use super::trust::ServerTrust;
 
 /// Longest wait for a connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -78,6 +83,12 @@ impl XdsChannel {
         Self::over(Tcp(address))
     }
 
+    /// Connects to a TCP address by TLS.
+    #[must_use]
+    pub fn tls(address: SocketAddr, trust: &ServerTrust) -> Self {
+        Self::over(Tls(address, trust.config()))
+    }
+
     /// Ends the waits between attempts of all clients of this channel: the control plane is known to be back.
     pub fn retry_now(&self) {
         self.wake.send_replace(());
@@ -113,14 +124,30 @@ struct Tcp(SocketAddr);
 impl Dial for Tcp {
     fn dial(&self) -> BoxFuture<'static, io::Result<Box<dyn Transport>>> {
         let address = self.0;
+        async move { Ok(Box::new(connect(address).await?) as Box<dyn Transport>) }.boxed()
+    }
+}
+
+struct Tls(SocketAddr, Arc<ClientConfig>);
+
+impl Dial for Tls {
+    fn dial(&self) -> BoxFuture<'static, io::Result<Box<dyn Transport>>> {
+        let (address, connector) = (self.0, TlsConnector::from(Arc::clone(&self.1)));
         async move {
-            let stream = TcpStream::connect(address).await;
+            let stream = connect(address).await?;
+            let stream = connector.connect(ServerName::from(address.ip()), stream).await;
             let stream = stream.map_err(|error| io::Error::new(error.kind(), format!("{address}: {error}")))?;
-            stream.set_nodelay(true)?;
-            let keepalive = socket2::TcpKeepalive::new().with_time(TCP_KEEPALIVE).with_interval(TCP_KEEPALIVE / 3);
-            socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
             Ok(Box::new(stream) as Box<dyn Transport>)
         }
         .boxed()
     }
+}
+
+async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await;
+    let stream = stream.map_err(|error| io::Error::new(error.kind(), format!("{address}: {error}")))?;
+    stream.set_nodelay(true)?;
+    let keepalive = socket2::TcpKeepalive::new().with_time(TCP_KEEPALIVE).with_interval(TCP_KEEPALIVE / 3);
+    socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
+    Ok(stream)
 }

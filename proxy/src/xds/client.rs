@@ -82,12 +82,15 @@ enum StreamEnd {
     Stuck,
 }
 
-/// The status with its causes: what the connector said stands at the end of the chain.
+/// The status with its causes, each said once: what the connector said stands at the end of the chain.
 fn describe(status: &tonic::Status) -> String {
     let mut text = format!("{:?}: {}", status.code(), status.message());
     let mut cause = std::error::Error::source(status);
     while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
         cause = error.source();
     }
     text

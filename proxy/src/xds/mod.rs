@@ -15,6 +15,7 @@ mod client;
 mod node;
 mod state;
 mod status;
+mod trust;
 
 pub use backoff::{FIRST_RETRY, LAST_RETRY};
 pub use channel::{CONNECT_TIMEOUT, Dial, MAX_MESSAGE, Transport, XdsChannel};
@@ -22,3 +23,4 @@ pub use client::{OUTBOX, XdsClient};
 pub use node::{BadToken, Node, Token};
 pub use state::{MAX_RESOURCES, Rejection, ResourceKind, State, UnknownType};
 pub use status::{MAX_NACK_MESSAGE, Nack, Status};
+pub use trust::{MAX_TRUSTED, ServerTrust, TrustError};

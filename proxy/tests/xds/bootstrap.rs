@@ -5,8 +5,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use culvert_proxy::bootstrap::{Args, ArgsError, Bootstrap, BootstrapError, Command, ControlPlane, Level};
+use culvert_proxy::xds::ServerTrust;
 use proptest::prelude::*;
 use serde_json::{Value, json};
+
+use super::resources::PKI;
 
 const RECORDED: &str = include_str!("../fixtures/bootstrap/count-dashboard.json");
 
@@ -71,8 +74,9 @@ fn refuses_by_path_what_it_would_not_honour() {
     type Change = fn(&mut Value);
     let table: [(&str, Change); 8] = [
         ("static_resources.listeners", |json| json["static_resources"]["listeners"] = json!([{"name": "prometheus"}])),
-        ("static_resources.clusters[0].transport_socket", |json| {
-            json["static_resources"]["clusters"][0]["transport_socket"] = json!({"name": "tls"});
+        ("static_resources.clusters[0].transport_socket.typed_config.sni", |json| {
+            json["static_resources"]["clusters"][0]["transport_socket"] = tls(&PKI.root);
+            json["static_resources"]["clusters"][0]["transport_socket"]["typed_config"]["sni"] = json!("consul");
         }),
         ("stats_sinks", |json| json["stats_sinks"] = json!([{"name": "statsd"}])),
         ("tracing", |json| json["tracing"] = json!({"http": {}})),
@@ -89,6 +93,33 @@ fn refuses_by_path_what_it_would_not_honour() {
         let error = refusal(change);
         assert!(error.starts_with(&format!("bootstrap: {path}: ")), "{path}: {error}");
     }
+}
+
+/// What Consul adds for an agent with TLS.
+fn tls(roots: &str) -> Value {
+    let validation = json!({"trusted_ca": {"inline_string": roots}});
+    json!({"name": "tls", "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+        "common_tls_context": {"validation_context": validation},
+    }})
+}
+
+#[test]
+fn reads_the_roots_of_a_control_plane_with_tls() {
+    let mut json = recorded();
+    let cluster = &mut json["static_resources"]["clusters"][0];
+    cluster["transport_socket"] = tls(&PKI.root);
+    let error = parse(&json).expect_err("a unix socket").to_string();
+    assert!(error.ends_with("pipe.path: TLS over a unix socket is not supported by culvert"), "{error}");
+    let cluster = &mut json["static_resources"]["clusters"][0];
+    cluster["loadAssignment"]["endpoints"][0]["lbEndpoints"][0]["endpoint"]["address"] =
+        json!({"socket_address": {"address": "127.0.0.1", "port_value": 8503}});
+    let trust = ServerTrust::from_pem(PKI.root.as_bytes()).expect("roots");
+    let address = "127.0.0.1:8503".parse().expect("address");
+    assert_eq!(parse(&json).expect("valid").control_plane, ControlPlane::Tls(address, trust));
+    json["static_resources"]["clusters"][0]["transport_socket"] = tls("no pem");
+    let error = parse(&json).expect_err("no roots").to_string();
+    assert!(error.contains("trusted_ca.inline_string: not a bundle of roots"), "{error}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use culvert_proxy::config::ProxyConfig;
-use culvert_proxy::xds::{Node, Status, Token, XdsChannel, XdsClient};
+use culvert_proxy::xds::{Node, ServerTrust, Status, Token, XdsChannel, XdsClient};
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment;
 use envoy_types::pb::envoy::config::listener::v3::Listener;
@@ -295,6 +295,49 @@ async fn dials_unix_sockets_and_tcp() {
         config_with(client, "the listener", |config| !config.listeners.is_empty()).await;
     }
     std::fs::remove_dir_all(directory).expect("our own directory");
+}
+
+/// A control plane behind TLS with a certificate of [`make::PKI`], which has no name that anybody asks for.
+async fn behind_tls() -> (std::net::SocketAddr, tokio::sync::mpsc::Receiver<FakeStream>) {
+    use rustls_pki_types::pem::PemObject;
+    use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+    let chain = CertificateDer::from_pem_slice(make::PKI.chain.as_bytes()).expect("chain");
+    let key = PrivateKeyDer::from_pem_slice(make::PKI.key.as_bytes()).expect("key");
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let mut config = builder.expect("versions").with_no_client_auth().with_single_cert(vec![chain], key).expect("pair");
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let address = listener.local_addr().expect("address");
+    let (plain, incoming) = tokio::sync::mpsc::channel(4);
+    let streams = Fake::serve(tokio_stream::wrappers::ReceiverStream::new(incoming));
+    drop(tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let Ok(mut tls) = acceptor.accept(stream).await else { continue };
+            let (mut ours, theirs) = tokio::net::UnixStream::pair().expect("pair");
+            plain.send(Ok(theirs)).await.expect("server runs");
+            drop(tokio::spawn(async move { tokio::io::copy_bidirectional(&mut tls, &mut ours).await }));
+        }
+    }));
+    (address, streams)
+}
+
+#[tokio::test]
+async fn dials_tls_and_trusts_the_given_roots_alone() {
+    let (address, mut streams) = behind_tls().await;
+    let trust = ServerTrust::from_pem(make::PKI.root.as_bytes()).expect("roots");
+    let client = start(&XdsChannel::tls(address, &trust));
+    let mut stream = soon("a stream", streams.recv()).await.expect("the server runs");
+    bring_up(&mut stream).await;
+    config_with(&client, "the listener", |config| !config.listeners.is_empty()).await;
+
+    let other = rcgen::generate_simple_self_signed(vec!["x".to_owned()]).expect("certificate").cert.pem();
+    let trust = ServerTrust::from_pem(other.as_bytes()).expect("roots");
+    let client = start(&XdsChannel::tls(address, &trust));
+    let status = status_with(&client, "a refusal", |status| status.disconnected_because.is_some()).await;
+    let reason = status.disconnected_because.expect("reason");
+    assert!(reason.contains("invalid peer certificate"), "{reason}");
 }
 
 /// A directory of this test alone.
