@@ -1,6 +1,7 @@
 //! Registration by Consul's rules, over bodies as clients send them.
 
 use culvert_types::{Datacenter, Encryption, HealthStatus};
+use proptest::prelude::*;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -363,4 +364,72 @@ async fn the_job_runner_may_say_where_a_sidecar_is_on_its_node() {
     let address = world.service("web-sidecar-proxy").workload_address().expect("given");
     assert_eq!(address.to_string(), "172.26.64.5:21000");
     assert!(world.register(body("somewhere")).await.is_err());
+}
+
+/// Bodies that are right, wrong and odd in every part.
+fn body() -> impl Strategy<Value = Value> {
+    let text = prop_oneof![Just("web"), Just("api"), Just(""), Just("w b"), Just("10.0.0.1"), Just("::")];
+    let check = prop_oneof![
+        Just(json!({"TTL": "10s"})),
+        Just(json!({"TCP": "127.0.0.1:80", "Interval": "10s"})),
+        Just(json!({"CheckID": "same", "TTL": "10s"})),
+        Just(json!({"AliasService": "web"})),
+        Just(json!({"GRPC": "x"})),
+        Just(json!({})),
+    ];
+    let sidecar = prop_oneof![
+        Just(Value::Null),
+        Just(json!({"SidecarService": {}})),
+        Just(json!({"SidecarService": {"Port": 21001}})),
+        Just(json!({"SidecarService": {"Proxy": {"Upstreams": [{"DestinationName": "api", "LocalBindPort": 1}]}}})),
+        Just(json!({"SidecarService": {"Proxy": {"Mode": "transparent"}}})),
+        Just(json!({"Native": true})),
+    ];
+    let checks = prop::collection::vec(check, 0..4);
+    (text.clone(), text, 0..3_u16, checks, sidecar).prop_map(|(id, name, port, checks, connect)| {
+        json!({"ID": id, "Name": name, "Port": port, "Checks": checks, "Connect": connect})
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    /// Whatever is registered in whatever order: refusals change nothing, repetition changes nothing, every check has its
+    /// service, every sidecar a port and a destination, and what is deregistered leaves nothing.
+    #[test]
+    fn the_catalog_stays_in_order(bodies in prop::collection::vec(body(), 1..12)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        runtime.block_on(async {
+            let world = World::new().await;
+            for body in bodies {
+                let before = world.ledger.state();
+                let registered = world.register(body.clone()).await;
+                let after = world.ledger.state();
+                match registered {
+                    Err(_) => prop_assert_eq!(after.revision(), before.revision(), "{}", body),
+                    Ok(first) => {
+                        let again = world.register(body.clone()).await.expect("the same again");
+                        prop_assert_eq!(&again, &first);
+                        prop_assert_eq!(world.ledger.state().revision(), after.revision(), "{}", body);
+                    }
+                }
+                for check in after.checks() {
+                    prop_assert!(after.service("n1", &check.service_id).is_some(), "{} after {}", check.id, body);
+                }
+                for sidecar in after.sidecars() {
+                    prop_assert!(sidecar.port > 0);
+                    let proxy = sidecar.proxy.as_ref().expect("a sidecar has a proxy");
+                    prop_assert!(proxy.destination().is_some());
+                }
+            }
+            let ids: Vec<String> = world.ledger.state().services().map(|service| service.id.clone()).collect();
+            for id in ids {
+                // A sidecar may have left with its service.
+                world.catalog.deregister_service(&id).await.ok();
+            }
+            let state = world.ledger.state();
+            prop_assert_eq!((state.services().count(), state.checks().count()), (0, 0));
+            Ok(())
+        })?;
+    }
 }

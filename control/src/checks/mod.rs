@@ -287,6 +287,8 @@ impl Supervisor {
             }
         }
         self.critical = critical;
+        // A run that ended just after its check was removed may have left its output.
+        inner.outputs.lock().retain(|id, _| state.check(&inner.node, id).is_some());
     }
 
     async fn follow_aliases(&self, state: &State) {

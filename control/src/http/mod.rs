@@ -25,7 +25,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::header::{ALLOW, HeaderValue, VARY};
+use axum::http::header::{ALLOW, HOST, HeaderValue, ORIGIN, VARY};
 use axum::http::{Method, Response, StatusCode, Uri};
 use axum::middleware::{self, Next};
 use culvert_types::Action;
@@ -111,6 +111,9 @@ async fn unknown_path(uri: Uri) -> Response<Body> {
 /// What holds of every answer: common headers, Consul's form of 405, `OPTIONS`, a deadline for bodies.
 async fn conventions(State(api): Shared, request: Request, next: Next) -> Response<Body> {
     let method = request.method().clone();
+    if let Some(origin) = foreign_origin(&request) {
+        return reply::text(StatusCode::FORBIDDEN, format!("requests from the web page {origin} are not accepted"));
+    }
     let request = request.map(|body| body::with_deadline(body, api.limits.body_timeout));
     let mut response = next.run(request).await;
     if response.status() == StatusCode::METHOD_NOT_ALLOWED {
@@ -126,6 +129,18 @@ async fn conventions(State(api): Shared, request: Request, next: Next) -> Respon
     response.headers_mut().insert(reply::DEFAULT_POLICY, policy);
     response.headers_mut().insert(VARY, HeaderValue::from_static("Accept-Encoding"));
     response
+}
+
+/// The origin of a request that a web page of another site made, if it could change something. Browsers send some of them
+/// without asking first, and an agent on loopback trusts whoever reaches it.
+fn foreign_origin(request: &Request) -> Option<String> {
+    if matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS) {
+        return None;
+    }
+    let text = |name| request.headers().get(name).map(|value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()));
+    let (origin, host) = (text(ORIGIN)?, text(HOST).unwrap_or_default());
+    let own = origin.split_once("://").is_some_and(|(_, authority)| authority.eq_ignore_ascii_case(&host));
+    (!own).then(|| origin.into_owned())
 }
 
 /// `OPTIONS` says what else there is; anything else is told what it should have been.

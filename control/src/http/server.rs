@@ -159,6 +159,8 @@ impl Shared {
             .timer(TokioTimer::new())
             .header_read_timeout(self.limits.header_timeout)
             .max_buf_size(MAX_HEADER)
+            // As Go writes them, for clients that compare names byte by byte.
+            .title_case_headers(true)
             .serve_connection(TokioIo::new(stream), service);
         let mut connection = std::pin::pin!(connection);
         let served = self.force.run_until_cancelled(async {

@@ -185,6 +185,28 @@ async fn the_agent_describes_itself_as_nomads_fingerprint_needs_it() {
 }
 
 #[tokio::test]
+async fn a_web_page_of_another_site_cannot_change_anything() {
+    let server = Server::start().await;
+    let address = server.control.http_addrs()[0];
+    let body =
+        json!({"SourceName": "web", "DestinationName": "api", "SourceType": "consul", "Action": "allow"}).to_string();
+    for (origin, status) in [("http://evil.example", "403"), ("null", "403"), (&format!("http://{address}"), "200")] {
+        let mut stream = TcpStream::connect(address).await.expect("connected");
+        let length = body.len();
+        let request = format!(
+            "POST /v1/connect/intentions HTTP/1.1\r\nHost: {address}\r\nOrigin: {origin}\r\nConnection: close\r\n\
+             Content-Type: text/plain\r\nContent-Length: {length}\r\n\r\n{body}"
+        );
+        stream.write_all(request.as_bytes()).await.expect("sent");
+        let mut answer = String::new();
+        tokio::time::timeout(PATIENCE, stream.read_to_string(&mut answer)).await.expect("in time").expect("read");
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{origin}: {answer}");
+        let written = server.get("/v1/connect/intentions").await.ok().as_array().expect("an array").len();
+        assert_eq!(written, usize::from(status == "200"), "{origin}");
+    }
+}
+
+#[tokio::test]
 async fn one_client_cannot_take_every_connection() {
     let mut limited = config();
     limited.limits = HttpLimits { max_connections_per_client: 2, ..HttpLimits::default() };
