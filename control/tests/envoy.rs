@@ -168,7 +168,7 @@ async fn rotation_of_the_root_loses_no_new_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn only_healthy_instances_get_traffic_and_a_deregistered_proxy_loses_its_stream() {
+async fn health_upstreams_and_registration_of_a_proxy_change_live() {
     let pair = Pair::start(Action::Allow).await;
     pair.comes_to(true, "allowed by default").await;
     pair.control.set_health("api", HealthStatus::Critical).await;
@@ -176,6 +176,16 @@ async fn only_healthy_instances_get_traffic_and_a_deregistered_proxy_loses_its_s
     pair.control.set_health("api", HealthStatus::Warning).await;
     pair.comes_to(true, "one that warns is better than none").await;
     pair.control.set_health("api", HealthStatus::Passing).await;
+    pair.comes_to(true, "it passes again").await;
+    // Removed and made again: listener, cluster and endpoints.
+    let web =
+        pair.control.ledger.state().service(support::NODE, "web-sidecar-proxy").expect("registered").value.clone();
+    let mut lonely = web.clone();
+    lonely.proxy.as_mut().expect("a sidecar").upstreams.clear();
+    pair.control.put(&lonely).await;
+    eventually("nobody listens for the application", async || TcpStream::connect(pair.upstream).await.is_err()).await;
+    pair.control.put(&web).await;
+    pair.comes_to(true, "the upstream is back").await;
     pair.accepted();
     pair.control.deregister("api-sidecar-proxy").await;
     pair.comes_to(false, "no instance is left").await;

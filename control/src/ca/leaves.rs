@@ -109,8 +109,6 @@ struct Shared {
     authority: Authority,
     node: String,
     kept: Mutex<HashMap<ServiceName, watch::Sender<Progress>>>,
-    /// Counts new leaves and those that went.
-    changes: watch::Sender<u64>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -119,14 +117,8 @@ impl Leaves {
     /// The leaves of services registered by `node`; tasks end with `stop`.
     #[must_use]
     pub fn new(authority: Authority, node: &str, stop: CancellationToken) -> Self {
-        let shared = Shared {
-            authority,
-            node: node.to_owned(),
-            kept: Mutex::default(),
-            changes: watch::Sender::new(0),
-            tasks: TaskTracker::new(),
-            stop,
-        };
+        let shared =
+            Shared { authority, node: node.to_owned(), kept: Mutex::default(), tasks: TaskTracker::new(), stop };
         Self { shared: Arc::new(shared) }
     }
 
@@ -155,20 +147,6 @@ impl Leaves {
         let task = async move { stop.run_until_cancelled(keeper.run()).await };
         self.shared.tasks.spawn(task.instrument(info_span!("leaf", %service)));
         Ok(LeafWatch(receiver))
-    }
-
-    /// End of the validity of the leaf of `service`, if this node keeps one.
-    #[must_use]
-    pub fn not_after(&self, service: &ServiceName) -> Option<SystemTime> {
-        let kept = self.shared.kept.lock();
-        let leaf = kept.get(service)?.borrow().leaf.clone()?;
-        Some(leaf.certificate.valid_before)
-    }
-
-    /// Changes whenever [`Self::not_after`] may answer differently.
-    #[must_use]
-    pub fn changes(&self) -> watch::Receiver<u64> {
-        self.shared.changes.subscribe()
     }
 
     /// The leaf of `service` once, for a client that asks over the API.
@@ -219,7 +197,6 @@ impl Keeper {
                 debug!(serial = %leaf.certificate.serial, "new leaf certificate");
                 self.shared.authority.metrics().show_leaf(&self.service, Some(leaf.certificate.valid_before));
                 self.sender.send_replace(Progress { leaf: Some(Arc::new(leaf)), error: None });
-                self.shared.changes.send_modify(|changes| *changes += 1);
                 true
             }
             Err(error) => {
@@ -245,7 +222,6 @@ impl Keeper {
         let unwatched = self.sender.receiver_count() == 0;
         if unwatched {
             kept.remove(&self.service);
-            self.shared.changes.send_modify(|changes| *changes += 1);
             self.shared.authority.metrics().show_leaf(&self.service, None);
         }
         unwatched

@@ -258,3 +258,7 @@ fn instance(state: &State, row: &Service, health: HealthStatus) -> Option<Instan
         weight: u32::from(weight.max(1)),
     })
 }
+
+#[cfg(test)]
+#[path = "snapshot_tests.rs"]
+mod tests;

@@ -42,14 +42,11 @@ async fn watchers_of_one_service_share_a_leaf_which_goes_with_the_last() {
     let mut second = world.leaves.watch(&name("web")).expect("room");
     let (one, two) = (first.ready().await.expect("leaf"), second.ready().await.expect("leaf"));
     assert_eq!(one.certificate.serial, two.certificate.serial);
-    assert_eq!(world.leaves.not_after(&name("web")), Some(one.certificate.valid_before));
-    let mut changes = world.leaves.changes();
     drop(first);
     tokio::time::sleep(HOUR).await;
     assert_eq!(world.leaf("web").await.certificate.serial, one.certificate.serial);
     drop(second);
-    changes.changed().await.expect("it goes");
-    assert_eq!(world.leaves.not_after(&name("web")), None);
+    tokio::time::sleep(HOUR).await;
     assert_ne!(world.leaf("web").await.certificate.serial, one.certificate.serial, "made anew");
     world.stop.cancel();
 }
