@@ -38,23 +38,19 @@ fn name(text: &str) -> ServiceName {
 fn sidecar(of: &str) -> Service {
     let upstream = Upstream {
         destination_name: "api".to_owned(),
-        destination_type: String::new(),
-        datacenter: String::new(),
-        local_bind_address: String::new(),
         local_bind_port: 8080,
-        config: serde_json::Map::new(),
         connect_timeout: Some(Duration::from_millis(1500)),
         max_connections: Some(7),
+        ..Upstream::default()
     };
     let settings = ProxySettings { max_inbound_connections: Some(9), ..ProxySettings::default() };
     let proxy = Proxy {
         destination_service_name: of.to_owned(),
-        destination_service_id: String::new(),
         local_service_address: "127.0.0.1".to_owned(),
         local_service_port: 9001,
-        config: serde_json::Map::new(),
         settings,
         upstreams: vec![upstream],
+        ..Proxy::default()
     };
     Service {
         node: NODE.to_owned(),

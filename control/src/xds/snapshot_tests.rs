@@ -9,7 +9,7 @@ use zeroize::Zeroizing;
 use super::*;
 use crate::ca::SignedLeaf;
 use crate::state::rows::{
-    Check, CheckDefinition, IntentionEntry, Node, Probe, ProxySettings, TaggedAddress, WORKLOAD_ADDRESS, Weights,
+    Check, CheckDefinition, IntentionEntry, Node, Probe, TaggedAddress, WORKLOAD_ADDRESS, Weights,
 };
 use crate::state::{intention_key, row_key};
 use crate::store::{Contents, Revision, Row, RowKey, Table};
@@ -41,9 +41,7 @@ fn sidecar(node: &str, of: &str, port: u16) -> Service {
         destination_service_id: of.to_owned(),
         local_service_address: "127.0.0.1".to_owned(),
         local_service_port: 9001,
-        config: serde_json::Map::new(),
-        settings: ProxySettings::default(),
-        upstreams: Vec::new(),
+        ..Proxy::default()
     };
     let id = format!("{of}-sidecar-proxy");
     Service { kind: ServiceKind::ConnectProxy, proxy: Some(proxy), ..service(node, &id, port) }
@@ -52,13 +50,9 @@ fn sidecar(node: &str, of: &str, port: u16) -> Service {
 fn calls(mut sidecar: Service, upstreams: &[(&str, &str, u16)]) -> Service {
     let upstream = |(name, address, port): &(&str, &str, u16)| Upstream {
         destination_name: (*name).to_owned(),
-        destination_type: String::new(),
-        datacenter: String::new(),
         local_bind_address: (*address).to_owned(),
         local_bind_port: *port,
-        config: serde_json::Map::new(),
-        connect_timeout: None,
-        max_connections: None,
+        ..Upstream::default()
     };
     sidecar.proxy.as_mut().expect("a sidecar").upstreams = upstreams.iter().map(upstream).collect();
     sidecar

@@ -8,6 +8,10 @@
 //! |---|---|---|
 //! | deny | none | `ALLOW` nothing: all denied |
 //! | allow | none | `DENY` nothing: all allowed (as Consul sends it) |
+//!
+//! A limit of Envoy, with Consul's configuration as with ours: its filter judges a connection when the first byte comes from
+//! the client, while the connection to the application is opened before. What a server says unasked (a greeting) can therefore
+//! reach a denied peer that has a certificate of the mesh. culvert's worker judges before it connects.
 
 use std::collections::{BTreeMap, BTreeSet};
 
