@@ -12,12 +12,11 @@ use culvert_agent::{config, node, task};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    cli::main(&Roles { agent, proxy: culvert_proxy::command::run, worker, executor })
-}
-
-/// The parent of one task; sees no runtime and no thread.
-fn executor(_: Vec<OsString>) -> ExitCode {
-    task::executor::dispatch(std::env::args_os()).unwrap_or(ExitCode::FAILURE)
+    // Executors of tasks, and what they start, are this same binary; they must not see a runtime or a thread.
+    if let Some(code) = task::executor::dispatch(std::env::args_os()) {
+        return code;
+    }
+    cli::main(&Roles { agent, proxy: culvert_proxy::command::run, worker })
 }
 
 fn agent(args: AgentArgs) -> anyhow::Result<()> {

@@ -143,8 +143,11 @@ async fn serve(
         policy: Arc::clone(&policy),
         hub: Arc::clone(&hub),
     });
-    let worker_settings =
-        WorkerSettings { data_dir: data_dir.clone(), node: node_name.clone(), log: settings.log_level.as_str().to_owned() };
+    let worker_settings = WorkerSettings {
+        data_dir: data_dir.clone(),
+        node: node_name.clone(),
+        log: settings.log_level.as_str().to_owned(),
+    };
     let (supervisor, worker) = worker::supervisor(worker_settings, surroundings);
     tokio::spawn(supervisor.run());
     metrics::register(&hub, &worker, &control);

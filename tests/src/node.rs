@@ -169,9 +169,9 @@ impl Node {
     #[must_use]
     pub fn metric(&self, name: &str, labels: &[&str]) -> u64 {
         let text = get(API, "/v1/culvert/metrics").unwrap_or_default();
-        let samples = text.lines().filter(|line| {
-            line.starts_with(&format!("{name}{{")) && labels.iter().all(|label| line.contains(label))
-        });
+        let samples = text
+            .lines()
+            .filter(|line| line.starts_with(&format!("{name}{{")) && labels.iter().all(|label| line.contains(label)));
         samples.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
     }
 
@@ -204,7 +204,9 @@ impl Node {
     /// # Panics
     /// When it does not.
     pub fn counts(&self) {
-        eventually(&format!("the dashboard is connected; log:\n{}", self.log()), || self.dashboard()["connected"] == true);
+        eventually(&format!("the dashboard is connected; log:\n{}", self.log()), || {
+            self.dashboard()["connected"] == true
+        });
         let before = self.dashboard()["count"].as_u64();
         eventually("the count grows", || {
             let state = self.dashboard();
@@ -241,7 +243,10 @@ impl Drop for Node {
     fn drop(&mut self) {
         if let Some(agent) = &mut self.agent {
             if std::thread::panicking() {
-                println!("--- log of the agent\n{}", std::fs::read_to_string(self.folder.join("agent.log")).unwrap_or_default());
+                println!(
+                    "--- log of the agent\n{}",
+                    std::fs::read_to_string(self.folder.join("agent.log")).unwrap_or_default()
+                );
             }
             // A test that failed must not leave a node running: ask, then force.
             drop(Command::new(binary("culvert")).arg("leave").output());

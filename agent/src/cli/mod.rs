@@ -48,8 +48,6 @@ pub struct Roles {
     pub proxy: fn(Vec<OsString>) -> ExitCode,
     /// `culvert worker`, started by the agent.
     pub worker: fn(Vec<OsString>) -> ExitCode,
-    /// `culvert executor`, started by the agent.
-    pub executor: fn(Vec<OsString>) -> ExitCode,
 }
 
 /// Environment variables; an empty one counts as not set, as in Go's clients.
@@ -80,7 +78,6 @@ pub fn main(roles: &Roles) -> ExitCode {
     match args.next().as_deref().and_then(std::ffi::OsStr::to_str) {
         Some("proxy") => return (roles.proxy)(rest()),
         Some("worker") => return (roles.worker)(rest()),
-        Some("executor") => return (roles.executor)(rest()),
         _ => {}
     }
     let env = Env::process();

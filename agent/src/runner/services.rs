@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use serde_json::Value;
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
-use tracing::warn;
+use tracing::debug;
 
 use super::records::{RecordError, Records};
 use super::registration::RegistrationError;
@@ -98,10 +98,10 @@ impl NodeServices {
         Ok(registered.sidecar_port)
     }
 
-    /// Takes a service and its sidecar out of the catalog. What is not there is already out.
+    /// Takes a service and its sidecar out of the catalog.
     pub(super) async fn deregister(&self, service_id: &str) {
         if let Err(error) = self.control.deregister_service(service_id).await {
-            warn!(service_id, error = chain(&error), "service is not deregistered");
+            debug!(service_id, error = chain(&error), "the service was out of the catalog already");
         }
     }
 }

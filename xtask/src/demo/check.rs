@@ -52,7 +52,10 @@ pub(crate) fn prove(demo: &Demo) -> anyhow::Result<()> {
         let stopped = demo.state()?["count"].clone();
         std::thread::sleep(Duration::from_secs(3));
         let state = demo.state()?;
-        ensure!(state["connected"] == false && state["count"] == stopped, "the count moves although it is denied: {state}");
+        ensure!(
+            state["connected"] == false && state["count"] == stopped,
+            "the count moves although it is denied: {state}"
+        );
         println!("   denied: {}", state["error"]);
         demo.culvert(&["intention", "create", "-replace", "-allow", "count-dashboard", "count-api"])?;
         counts(demo)?;
