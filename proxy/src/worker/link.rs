@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -30,6 +31,8 @@ pub(super) struct Link {
     next: AtomicU64,
     waiting: Mutex<HashMap<u64, oneshot::Sender<io::Result<OwnedFd>>>>,
     pub(super) pools: Mutex<BTreeMap<String, Arc<Pool>>>,
+    /// A second handle of the stream to the agent's control plane: it ends with the agent, whoever else holds its other end.
+    line: Mutex<Option<UnixStream>>,
     /// Copies of the listening sockets in use, for the next agent.
     pub(super) held: Mutex<BTreeMap<(String, SocketAddr), TcpListener>>,
 }
@@ -43,6 +46,7 @@ impl Link {
             next: AtomicU64::new(1),
             waiting: Mutex::default(),
             pools: Mutex::default(),
+            line: Mutex::default(),
             held: Mutex::default(),
         };
         (Arc::new(link), to_send)
@@ -58,6 +62,9 @@ impl Link {
         self.connected.store(false, Ordering::SeqCst);
         for (_, waiting) in self.waiting.lock().drain() {
             let _asker_may_be_gone = waiting.send(Err(away()));
+        }
+        if let Some(line) = self.line.lock().take() {
+            let _may_have_ended = line.shutdown(std::net::Shutdown::Both);
         }
         for pool in self.pools.lock().values() {
             pool.refused("the agent is away");
@@ -132,8 +139,10 @@ impl Dial for AgentDial {
         let link = Arc::clone(&self.0);
         async move {
             let stream = link.request(|request| ToAgent::ConnectXds { request }).await?;
-            let stream = std::os::unix::net::UnixStream::from(stream);
+            let stream = UnixStream::from(stream);
             stream.set_nonblocking(true)?;
+            let second = stream.try_clone()?;
+            *link.line.lock() = Some(second);
             Ok(Box::new(tokio::net::UnixStream::from_std(stream)?) as Box<dyn Transport>)
         }
         .boxed()

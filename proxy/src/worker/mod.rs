@@ -48,6 +48,14 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// # Errors
 /// Privileges could not be dropped, or threads, descriptors and the socket are not as they should be.
 pub fn run(control_socket: OwnedFd) -> anyhow::Result<()> {
+    run_calling(control_socket, ADOPTION_SOCKET)
+}
+
+/// [`run`], but a worker without an agent calls at the abstract socket `adoption`.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_calling(control_socket: OwnedFd, adoption: &str) -> anyhow::Result<()> {
     drop_all().context("the worker refuses to run with privileges")?;
     let descriptors = raise_descriptor_limit().context("raise the limit of open descriptors")?;
     let threads = DataThreads::per_processor().context("start data threads")?;
@@ -55,7 +63,7 @@ pub fn run(control_socket: OwnedFd) -> anyhow::Result<()> {
     info!(pid = std::process::id(), ?descriptors, "worker starts");
     runtime.block_on(async {
         let control = ControlSocket::new(control_socket).context("control socket")?;
-        Worker::new(threads.placement()).live(control, ADOPTION_SOCKET).await;
+        Worker::new(threads.placement()).live(control, adoption).await;
         Ok(())
     })
 }
