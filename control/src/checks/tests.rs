@@ -6,6 +6,7 @@ use culvert_types::Datacenter;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 
 use super::*;
 use crate::catalog::Place;
@@ -65,7 +66,7 @@ impl Drop for World {
     }
 }
 
-/// Answers every request with the latest of `answers`, whole responses; `None` refuses connections.
+/// Answers every request with the latest of `answer`, a whole response.
 async fn server(mut answer: watch::Receiver<String>) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("bound");
@@ -163,11 +164,25 @@ async fn a_peer_that_does_not_answer_is_critical_after_the_time_out() {
     assert!(critical.output.contains("no answer within"), "{}", critical.output);
 }
 
-/// Fails and succeeds by script, and records who asked.
-#[derive(Clone, Default)]
+/// Every dial waits for the test to say how it ends.
+#[derive(Clone)]
 struct Script {
-    results: Arc<Mutex<std::collections::VecDeque<bool>>>,
-    asked: Arc<Mutex<Vec<String>>>,
+    results: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<bool>>>,
+    asked: watch::Sender<Vec<String>>,
+}
+
+impl Script {
+    fn new() -> (Self, mpsc::UnboundedSender<bool>) {
+        let (sender, results) = mpsc::unbounded_channel();
+        (Self { results: Arc::new(tokio::sync::Mutex::new(results)), asked: watch::Sender::default() }, sender)
+    }
+
+    /// Waits until the `n`-th dial has begun: everything about the one before is written then.
+    async fn asked(&self, n: usize) {
+        let mut asked = self.asked.subscribe();
+        let begun = asked.wait_for(|asked| asked.len() >= n);
+        tokio::time::timeout(Duration::from_secs(60), begun).await.expect("in time").expect("running");
+    }
 }
 
 impl CheckDialer for Script {
@@ -176,16 +191,15 @@ impl CheckDialer for Script {
         service_id: &str,
         _address: SocketAddr,
     ) -> futures::future::BoxFuture<'static, std::io::Result<tokio::net::TcpStream>> {
-        self.asked.lock().push(service_id.to_owned());
-        let good = self.results.lock().pop_front();
+        self.asked.send_modify(|asked| asked.push(service_id.to_owned()));
+        let results = Arc::clone(&self.results);
         Box::pin(async move {
-            match good {
+            match results.lock().await.recv().await {
                 Some(true) => {
                     let listener = TcpListener::bind("127.0.0.1:0").await?;
                     tokio::net::TcpStream::connect(listener.local_addr()?).await
                 }
-                Some(false) => Err(std::io::Error::other("scripted failure")),
-                None => std::future::pending().await,
+                _ => Err(std::io::Error::other("scripted failure")),
             }
         })
     }
@@ -193,32 +207,44 @@ impl CheckDialer for Script {
 
 #[tokio::test]
 async fn checks_dial_as_their_service_and_thresholds_count() {
-    let script = Script::default();
-    script.results.lock().extend([true, true, false, true, true, true, false, false]);
+    let (script, results) = Script::new();
     let world = World::with_dialer(Arc::new(script.clone())).await;
-    let check =
-        json!({"TCP": "10.255.255.1:80", "Interval": "100ms", "SuccessBeforePassing": 3, "FailuresBeforeCritical": 2});
+    let check = json!({
+        "TCP": "10.255.255.1:80", "Interval": "100ms", "Timeout": "1h", "SuccessBeforePassing": 3, "FailuresBeforeCritical": 2,
+    });
     world.register(json!({"ID": "web-1", "Name": "web", "Check": check})).await;
+    let say = |result| results.send(result).expect("the dialer listens");
+    let status = || world.ledger.state().check("n1", "service:web-1").expect("there").status;
+    [true, true, false, true, true].into_iter().for_each(say);
+    script.asked(6).await;
+    assert_eq!(status(), HealthStatus::Critical, "two successes in a row are too few");
+    say(true);
     world.becomes("service:web-1", HealthStatus::Passing).await;
-    assert_eq!(script.asked.lock().len(), 6, "three successes in a row");
+    say(false);
+    script.asked(8).await;
+    assert_eq!(status(), HealthStatus::Passing, "one failure is too few");
+    say(false);
     world.becomes("service:web-1", HealthStatus::Critical).await;
-    assert_eq!(script.asked.lock().len(), 8, "two failures in a row");
-    assert!(script.asked.lock().iter().all(|service| service == "web-1"));
+    assert!(script.asked.borrow().iter().all(|service| service == "web-1"));
 }
 
 #[tokio::test]
 async fn a_check_ends_with_its_registration_and_changes_with_its_definition() {
-    let script = Script::default();
+    let (script, results) = Script::new();
     let world = World::with_dialer(Arc::new(script.clone())).await;
     let check = |port: u16| json!({"TCP": format!("10.255.255.1:{port}"), "Interval": "100ms", "Timeout": "1h"});
-    script.results.lock().extend([true]);
+    let say = |result| results.send(result).expect("the dialer listens");
     world.register(json!({"Name": "web", "Check": check(1)})).await;
+    say(true);
     world.becomes("service:web", HealthStatus::Passing).await;
-    script.results.lock().extend([false]);
-    let changed = world.becomes("service:web", HealthStatus::Critical).await;
-    assert!(changed.output.contains("10.255.255.1:1"));
-    script.results.lock().extend([true]);
+    say(false);
+    let critical = world.becomes("service:web", HealthStatus::Critical).await;
+    assert!(critical.output.contains("10.255.255.1:1"), "{}", critical.output);
+    // The next dial of the old definition is under way and ends unheard.
+    script.asked(3).await;
     world.register(json!({"Name": "web", "Check": check(2)})).await;
+    script.asked(4).await;
+    say(true);
     let passing = world.becomes("service:web", HealthStatus::Passing).await;
     assert!(passing.output.contains("10.255.255.1:2"), "{}", passing.output);
     world.catalog.deregister_service("web").await.expect("deregistered");
