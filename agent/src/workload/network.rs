@@ -394,6 +394,8 @@ fn inside_sysctls(ipv6: bool) -> Result<(), SysctlError> {
     if sysctl::exists("net/ipv4/tcp_migrate_req") {
         sysctl::set("net/ipv4/tcp_migrate_req", "1")?;
     }
+    // A new netns takes its IPv4 settings over from the host, which may be a router.
+    sysctl::set("net/ipv4/ip_forward", "0")?;
     // Tasks have no capability at all; the netns is theirs alone, so every port may be.
     sysctl::set("net/ipv4/ip_unprivileged_port_start", "0")?;
     if ipv6 {

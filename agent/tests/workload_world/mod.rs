@@ -72,6 +72,8 @@ pub(crate) fn in_world<F: Future<Output = ()>>(name: &str, test: impl FnOnce(Wor
             mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("private mounts");
             mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none).expect("a /run of its own");
             run("ip", &["link", "set", "lo", "up"]);
+            // A new netns takes its IPv4 settings over from the machine's first one.
+            std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").expect("no router yet");
             let dir = PathBuf::from("/run/world");
             std::fs::DirBuilder::new().mode(0o755).create(&dir).expect("a directory");
             // One blocking thread: what an abandoned step still does is over before the next one begins.
@@ -127,6 +129,14 @@ pub(crate) fn neighbour(name: &str, here: &[&str], inside: &[&str]) -> PathBuf {
     }
     run("ip", &["-n", name, "link", "set", &inner, "up"]);
     run("ip", &["-n", name, "link", "set", "lo", "up"]);
+    let deadline = Instant::now() + PATIENCE;
+    // The carrier comes a moment later, the link-local addresses after duplicate address detection.
+    while !run("ip", &["-o", "link", "show", &outer]).contains("state UP")
+        || run("ip", &["-o", "-6", "addr", "show", &outer]).contains("tentative")
+    {
+        assert!(Instant::now() < deadline, "{outer} does not come up");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     Path::new("/run/netns").join(name)
 }
 
