@@ -382,3 +382,14 @@ fn an_executor_that_is_asked_to_end_ends_its_task_first() {
         assert_eq!(output(&spec, Stream::Stdout), "ready\nbye\n");
     });
 }
+
+#[test]
+fn the_smallest_memory_limit_leaves_room_for_the_task() {
+    in_world("smallest", |world| async move {
+        // Nomad's minimum is 10 MB; the sandbox's init lives inside the limit.
+        let mut spec = spec(&world, Driver::Exec, "echo ok");
+        spec.resources = Resources { memory_mb: 10, ..Resources::default() };
+        let (status, text) = run_to_end(&spec).await;
+        assert!(status.success() && text == "ok\n", "{status:?} {text}");
+    });
+}
