@@ -3,9 +3,11 @@
 mod support;
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use culvert_control::Reloadable;
+use culvert_control::state::rows::Service;
 use culvert_types::{Action, Encryption, HealthStatus};
 use support::envoy::Envoy;
 use support::{Control, PATIENCE, eventually, service, sidecar, upstream};
@@ -27,17 +29,24 @@ struct Pair {
 impl Pair {
     async fn start(default_policy: Action) -> Self {
         let control = Control::start(default_policy).await;
-        let application = echo_server().await;
-        let (web, api, local) = (free_port().await, free_port().await, free_port().await);
+        let here = own_address();
+        let application = echo_server(here).await;
+        let on_loopback = |mut sidecar: Service| {
+            sidecar.address = here.to_string();
+            sidecar.proxy.as_mut().expect("a sidecar").settings.bind_address = Some(here.into());
+            sidecar.proxy.as_mut().expect("a sidecar").local_service_address = here.to_string();
+            sidecar
+        };
+        let calls = vec![upstream("api", &here.to_string(), 8080)];
         control.put(&service("api", application)).await;
-        control.put(&sidecar("api", api, application, Vec::new())).await;
+        control.put(&on_loopback(sidecar("api", 21000, application, Vec::new()))).await;
         control.put(&service("web", 9)).await;
-        control.put(&sidecar("web", web, 9, vec![upstream("api", "127.0.0.1", local)])).await;
+        control.put(&on_loopback(sidecar("web", 21001, 9, calls))).await;
         let address = control.address();
         Self {
             web: Envoy::start("web-sidecar-proxy", "web", address),
             api: Envoy::start("api-sidecar-proxy", "api", address),
-            upstream: SocketAddr::new(Ipv4Addr::LOCALHOST.into(), local),
+            upstream: SocketAddr::new(here.into(), 8080),
             control,
         }
     }
@@ -84,8 +93,15 @@ impl Pair {
     }
 }
 
-async fn echo_server() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("loopback");
+/// A loopback address of this test's own: no port on it is taken, whatever else runs on the machine.
+fn own_address() -> Ipv4Addr {
+    static TESTS: AtomicU8 = AtomicU8::new(64);
+    let [_, _, high, low] = std::process::id().to_be_bytes();
+    Ipv4Addr::new(127, TESTS.fetch_add(1, Ordering::Relaxed), high, low.clamp(1, 254))
+}
+
+async fn echo_server(address: Ipv4Addr) -> u16 {
+    let listener = TcpListener::bind((address, 0)).await.expect("loopback");
     let port = listener.local_addr().expect("bound").port();
     tokio::spawn(async move {
         loop {
@@ -98,12 +114,6 @@ async fn echo_server() -> u16 {
         }
     });
     port
-}
-
-/// A port that was free a moment ago.
-async fn free_port() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("loopback");
-    listener.local_addr().expect("bound").port()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
