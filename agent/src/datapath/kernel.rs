@@ -10,7 +10,7 @@ use culvert_ebpf_common::{
     Address, Auth, FlowKey, ListenerKey, PortKey, PortRule, Quota, Settings, Upstream, UpstreamKey, Workload, map,
 };
 
-use super::DatapathUnavailable;
+use super::config::DatapathUnavailable;
 use super::pins::Generation;
 
 /// The kernel programs, built by `cargo xtask ebpf`.

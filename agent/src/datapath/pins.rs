@@ -86,13 +86,6 @@ impl Generation {
         Ok((current, found))
     }
 
-    /// Is nothing pinned here yet?
-    pub(super) fn is_empty(&self) -> bool {
-        ["maps", "links"]
-            .iter()
-            .all(|part| fs::read_dir(self.directory.join(part)).is_ok_and(|mut entries| entries.next().is_none()))
-    }
-
     /// Where the map `name` is pinned.
     pub(super) fn map(&self, name: &str) -> PathBuf {
         self.directory.join("maps").join(name)
@@ -145,7 +138,7 @@ impl Generation {
 
     /// Removes the link `name`, and with it the program from what it is attached to.
     pub(super) fn remove_link(&self, name: &str) -> io::Result<()> {
-        absent_is_fine(fs::remove_file(self.link(name)))
+        unpin(&self.link(name))
     }
 
     /// Removes every link whose name begins with `prefix`.
@@ -159,7 +152,7 @@ impl Generation {
             let directory = self.directory.join(part);
             let Ok(entries) = fs::read_dir(&directory) else { continue };
             for entry in entries {
-                absent_is_fine(fs::remove_file(entry?.path()))?;
+                unpin(&entry?.path())?;
             }
             absent_is_fine(fs::remove_dir(&directory))?;
         }
@@ -171,6 +164,13 @@ impl Generation {
 fn parse_name(name: &str) -> Option<(u32, u64)> {
     let (layout, number) = name.strip_prefix('v')?.split_once('-')?;
     Some((layout.parse().ok()?, number.parse().ok()?))
+}
+
+/// Removes a pin. A link is detached first, or its program would go on for a moment.
+fn unpin(path: &Path) -> io::Result<()> {
+    // A map is none, and a dead link has nothing to be detached from.
+    bpf::open_pinned(path).and_then(bpf::detach).ok();
+    absent_is_fine(fs::remove_file(path))
 }
 
 fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {

@@ -4,11 +4,12 @@ use std::fs::File;
 use std::io;
 use std::net::TcpListener;
 
-use super::DatapathUnavailable;
+use super::config::DatapathUnavailable;
 use super::kernel::{Kernel, LOOKUP};
 use super::netns;
 use super::sock_diag::{SockDiag, States};
 use super::tc::{self, TcMode};
+use crate::sys;
 use crate::sys::bpf::{self, AttachType};
 
 /// Index of the loopback interface in every new network namespace.
@@ -18,6 +19,8 @@ const LOOPBACK: u32 = 1;
 pub(super) fn probe(kernel: &mut Kernel) -> Result<TcMode, DatapathUnavailable> {
     let unavailable = |step| move |error: io::Error| DatapathUnavailable::new(step, &error);
     netns::enter_new(|| {
+        sys::netns_cookie(TcpListener::bind("0.0.0.0:0").map_err(unavailable("listen"))?)
+            .map_err(unavailable("read the cookie of a network namespace"))?;
         attach_lookup(kernel).map_err(unavailable("attach to a network namespace"))?;
         end_a_socket().map_err(unavailable("end a socket (SOCK_DESTROY)"))?;
         tc::probe(kernel, LOOPBACK).map_err(unavailable("attach to an interface"))

@@ -7,9 +7,10 @@ use std::io;
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact};
 use aya::programs::{Program, TcAttachType};
 
+use super::config::WorkloadLinks;
 use super::kernel::{FROM_WORKLOAD, Kernel, TO_WORKLOAD};
 use super::pins::Generation;
-use super::{WorkloadLinks, link_name};
+use super::workloads::link_name;
 use crate::sys::bpf::{self, AttachType, LinkTarget};
 
 /// Priority and handle of our filters.

@@ -15,6 +15,7 @@ const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
+const BPF_LINK_DETACH: libc::c_int = 34;
 
 /// Where a program is attached: `enum bpf_attach_type`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -75,6 +76,11 @@ struct LinkUpdate {
     new_program: u32,
     flags: u32,
     old_program: u32,
+}
+
+#[repr(C)]
+struct LinkDetach {
+    link: u32,
 }
 
 #[repr(C)]
@@ -160,6 +166,17 @@ pub fn update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     };
     // SAFETY: the attributes of this command, without pointers.
     unsafe { bpf(BPF_LINK_UPDATE, &mut attributes) }.map(drop)
+}
+
+/// Detaches the program of `link` at once, whoever else holds on to the link: without this it ends some time after the last
+/// reference has gone.
+///
+/// # Errors
+/// Those of `BPF_LINK_DETACH`: `EOPNOTSUPP` for links that cannot.
+pub fn detach(link: impl AsFd) -> io::Result<()> {
+    let mut attributes = LinkDetach { link: number(link.as_fd().as_raw_fd()) };
+    // SAFETY: the attributes of this command, without pointers.
+    unsafe { bpf(BPF_LINK_DETACH, &mut attributes) }.map(drop)
 }
 
 /// Pins a program, map or link at `path`, in a BPF file system.

@@ -120,7 +120,6 @@ impl World {
     pub fn workload(&mut self, id: u32) -> TestWorkload {
         let netns = format!("{}-{id}", self.name);
         let (addr4, addr6) = (Ipv4Addr::new(10, 77, 0, 100 + id as u8), format!("fd77::{}", 100 + id));
-        let mac = [2, 0, 0, 0, 0x77, id as u8];
         ip(&format!("netns add {netns}"));
         self.workloads.push(netns.clone());
         ip(&format!("link add v{id} type veth peer name eth0 address 02:00:00:00:77:{id:02x} netns {netns}"));
@@ -134,15 +133,7 @@ impl World {
         ] {
             ip(&format!("-n {netns} {line}"));
         }
-        TestWorkload {
-            id,
-            ifindex: nix::net::if_::if_nametoindex(format!("v{id}").as_str()).expect("the veth"),
-            addr4,
-            addr6: addr6.parse().expect("an address"),
-            mac,
-            netns: netns_file(&netns),
-            netns_name: netns,
-        }
+        TestWorkload::existing(id, &netns)
     }
 
     /// Deletes a workload's namespace.
@@ -182,6 +173,19 @@ impl Drop for World {
 }
 
 impl TestWorkload {
+    /// A workload that another process of the test has made, from its namespace's name.
+    pub fn existing(id: u32, netns_name: &str) -> Self {
+        Self {
+            id,
+            ifindex: nix::net::if_::if_nametoindex(format!("v{id}").as_str()).expect("the veth"),
+            addr4: Ipv4Addr::new(10, 77, 0, 100 + id as u8),
+            addr6: format!("fd77::{}", 100 + id).parse().expect("an address"),
+            mac: [2, 0, 0, 0, 0x77, id as u8],
+            netns: netns_file(netns_name),
+            netns_name: netns_name.to_owned(),
+        }
+    }
+
     /// What the datapath needs to know.
     pub fn links(&self) -> WorkloadLinks {
         WorkloadLinks {
@@ -462,6 +466,21 @@ impl Pair {
     pub fn desired(&self) -> BTreeMap<UpstreamKey, Upstream> {
         let instances = [self.b.instance(APP)];
         BTreeMap::from([upstream(&self.a, upstream4(), &instances), upstream(&self.a, upstream6(), &instances)])
+    }
+
+    /// Ids of the programs that are attached.
+    pub fn program_ids(&self) -> Vec<u32> {
+        let directory = generations(&self.world).pop().expect("a generation").join("links");
+        let links = fs::read_dir(directory).expect("links").flatten();
+        let mut ids: Vec<u32> = links
+            .map(|entry| {
+                let link = aya::programs::links::PinnedLink::from_pin(entry.path()).expect("a pinned link");
+                aya::programs::links::FdLink::from(link).info().expect("its description").program_id()
+            })
+            .collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids
     }
 
     /// Between whom connections live.

@@ -1,0 +1,217 @@
+//! Leave to open one connection: given before the SYN leaves, used once, void in time, bounded in number.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use common::{APP, PATIENCE, Pair, echo, eventually, greeting, table, upstream4};
+use culvert_agent::datapath::KernelEvent;
+use culvert_ebpf_common::{Auth, FlowKey, Quota};
+use socket2::{Domain, Socket, Type};
+
+/// Starts to connect from `a` and does not wait.
+fn start(pair: &Pair, from_port: u16) -> Socket {
+    pair.a.run(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        socket.set_reuse_address(true).expect("a flag");
+        socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, from_port)).into()).expect("a port");
+        socket.set_nonblocking(true).expect("a flag");
+        let started = socket.connect(&upstream4().into());
+        assert!(started.is_ok() || started.is_err_and(|error| error.raw_os_error() == Some(libc::EINPROGRESS)));
+        socket
+    })
+}
+
+/// Waits for what becomes of it.
+fn finish(socket: &Socket) -> io::Result<TcpStream> {
+    let mut end = None;
+    eventually("connected or not", || {
+        end = socket.take_error().expect("an option");
+        end.is_some() || socket.peer_addr().is_ok()
+    });
+    if let Some(error) = end {
+        return Err(error);
+    }
+    socket.set_nonblocking(false)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(socket.try_clone()?.into())
+}
+
+/// Authorisations that the kernel holds.
+fn given(pair: &Pair) -> Vec<FlowKey> {
+    table::<FlowKey, Auth>(&pair.world, "AUTH").keys().map(|key| key.expect("a key")).collect()
+}
+
+fn outstanding(pair: &Pair) -> i64 {
+    table::<u32, Quota>(&pair.world, "QUOTA").get(&pair.a.id, 0).expect("a quota").outstanding
+}
+
+#[test]
+fn leave_is_for_one_connection_and_used_up_by_it() {
+    let Some(pair) = Pair::new("usedup") else { return };
+    let server = pair.b.serve("0.0.0.0:9001", "b");
+    let mut stream = finish(&start(&pair, 40_000)).expect("the direct path");
+    assert_eq!(greeting(&mut stream), "b");
+    eventually("leave is used up", || given(&pair).is_empty());
+    assert_eq!(outstanding(&pair), 0);
+
+    // The very same four values, without asking for leave.
+    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("a flag");
+    drop(stream);
+    let again = pair.a.run(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        socket.set_reuse_address(true).expect("a flag");
+        eventually("the port is free", || {
+            socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, 40_000)).into()).is_ok()
+        });
+        socket.connect(&SocketAddr::from((pair.b.addr4, APP)).into())
+    });
+    assert_eq!(again.expect_err("no leave any more").kind(), io::ErrorKind::ConnectionRefused);
+    assert_eq!(server.accepted(), 1);
+}
+
+#[test]
+fn a_lost_syn_is_sent_again_under_the_same_leave() {
+    let Some(pair) = Pair::new("lostsyn") else { return };
+    let _server = pair.b.serve("127.0.0.1:9001", "b");
+    pair.settle_neighbours();
+    pair.lose_frames(true);
+    let socket = start(&pair, 0);
+    assert_eq!(given(&pair).len(), 1);
+    assert_eq!(outstanding(&pair), 1);
+    pair.lose_frames(false);
+    let mut stream = finish(&socket).expect("the second SYN arrives");
+    assert_eq!(greeting(&mut stream), "b");
+    eventually("leave is used up", || given(&pair).is_empty() && outstanding(&pair) == 0);
+}
+
+#[test]
+fn leave_expires() {
+    let Some(mut pair) = Pair::with("expires", |config| config.auth_ttl = Duration::from_millis(300)) else { return };
+    let server = pair.b.serve("0.0.0.0:9001", "b");
+    pair.settle_neighbours();
+    pair.lose_frames(true);
+    // The SYN goes again after one second.
+    let socket = start(&pair, 0);
+    std::thread::sleep(Duration::from_millis(400));
+    pair.lose_frames(false);
+    let refused = finish(&socket).expect_err("too late");
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    assert_eq!(server.accepted(), 0);
+    pair.events.expect("fail", |event| matches!(event, KernelEvent::Fail(_)));
+    assert_eq!((given(&pair).len(), outstanding(&pair)), (0, 0), "a failed attempt leaves nothing");
+}
+
+#[test]
+fn leave_that_was_evicted_is_no_leave() {
+    let Some(pair) = Pair::new("evicted") else { return };
+    let server = pair.b.serve("0.0.0.0:9001", "b");
+    pair.settle_neighbours();
+    pair.lose_frames(true);
+    let socket = start(&pair, 0);
+    let ours = given(&pair)[0];
+    let mut auth = table::<FlowKey, Auth>(&pair.world, "AUTH");
+    let mut filler = FlowKey { destination: IpAddr::from([10, 1, 2, 3]).into(), ..FlowKey::default() };
+    for number in 0_u32.. {
+        assert!(number < 2_000_000, "never evicted");
+        filler.source = Ipv4Addr::from(number).into();
+        auth.insert(filler, Auth::default(), 0).expect("the least recently used makes room");
+        if number % 4096 == 0 && !given(&pair).contains(&ours) {
+            break;
+        }
+    }
+    pair.lose_frames(false);
+    assert_eq!(finish(&socket).expect_err("refused").kind(), io::ErrorKind::ConnectionRefused);
+    assert_eq!(server.accepted(), 0);
+}
+
+#[test]
+fn leave_ends_with_the_entry_that_gave_it_even_if_the_entry_comes_back() {
+    let Some(mut pair) = Pair::new("epoch") else { return };
+    let server = pair.b.serve("0.0.0.0:9001", "b");
+    pair.settle_neighbours();
+    pair.lose_frames(true);
+    let socket = start(&pair, 0);
+    pair.datapath.apply(&BTreeMap::new()).expect("applied");
+    pair.datapath.apply(&pair.desired()).expect("applied");
+    pair.lose_frames(false);
+    assert_eq!(finish(&socket).expect_err("refused").kind(), io::ErrorKind::ConnectionRefused);
+    assert_eq!(server.accepted(), 0);
+}
+
+#[test]
+fn leave_outlives_a_change_of_other_entries_and_of_instances() {
+    let Some(mut pair) = Pair::new("unchanged") else { return };
+    let _server = pair.b.serve("127.0.0.1:9001", "b");
+    pair.settle_neighbours();
+    pair.lose_frames(true);
+    let socket = start(&pair, 0);
+    let mut desired = pair.desired();
+    let other = common::upstream(&pair.b, upstream4(), &[pair.a.instance(APP)]);
+    desired.insert(other.0, other.1);
+    desired.values_mut().for_each(|upstream| upstream.instances.push(pair.a.instance(4)));
+    let applied = pair.datapath.apply(&desired).expect("applied");
+    assert_eq!((applied.removed.len(), applied.added, applied.changed), (0, 1, 2));
+    pair.lose_frames(false);
+    let mut stream = finish(&socket).expect("still with leave");
+    assert_eq!(greeting(&mut stream), "b");
+}
+
+#[test]
+fn syn_cookies_do_not_get_in_the_way() {
+    let Some(pair) = Pair::new("syncookies") else { return };
+    pair.b.run(|| std::fs::write("/proc/sys/net/ipv4/tcp_syncookies", "2").expect("cookies for every SYN"));
+    let server = pair.b.serve("127.0.0.1:9001", "b");
+    for _ in 0..20 {
+        let mut stream = pair.a.connect(upstream4()).expect("the direct path");
+        assert_eq!(greeting(&mut stream), "b");
+        echo(&mut stream, b"hello").expect("an echo");
+    }
+    assert_eq!(server.accepted(), 20);
+    eventually("leave is used up", || given(&pair).is_empty());
+    let refused = pair.a.connect((pair.b.addr4, APP)).expect_err("no leave");
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    let sent = pair.b.run(|| std::fs::read_to_string("/proc/thread-self/net/netstat").expect("counters"));
+    let names =
+        sent.lines().next().expect("names").split(' ').position(|name| name == "SyncookiesRecv").expect("a counter");
+    let received: u64 =
+        sent.lines().nth(1).expect("values").split(' ').nth(names).expect("a value").parse().expect("a number");
+    assert!(received >= 20, "{received} cookies came back");
+}
+
+#[test]
+fn half_open_connections_are_bounded_and_the_rest_is_left_to_the_proxy() {
+    let Some(pair) = Pair::with("quota", |config| config.auth_cap = 3) else { return };
+    let (proxy, _server) = (pair.proxy(), pair.b.serve("127.0.0.1:9001", "b"));
+    pair.settle_neighbours();
+    pair.lose_frames(true);
+    let half_open: Vec<_> = (0..3).map(|_| start(&pair, 0)).collect();
+    assert_eq!(outstanding(&pair), 3);
+    let mut fourth = pair.a.connect(upstream4()).expect("proxied");
+    assert_eq!(greeting(&mut fourth), "proxy");
+    drop(half_open);
+    eventually("given back", || outstanding(&pair) == 0 && given(&pair).is_empty());
+    pair.lose_frames(false);
+    let mut fifth = pair.a.connect(upstream4()).expect("direct again");
+    assert_eq!(greeting(&mut fifth), "b");
+    assert_eq!(proxy.accepted(), 1);
+}
+
+#[test]
+fn a_listener_that_closes_in_between_refuses_as_ever() {
+    let Some(mut pair) = Pair::new("closing") else { return };
+    let listener = pair.b.run(|| TcpListener::bind("127.0.0.1:9001").expect("a port"));
+    pair.settle_neighbours();
+    pair.lose_frames(true);
+    let socket = start(&pair, 0);
+    drop(listener);
+    pair.lose_frames(false);
+    assert_eq!(finish(&socket).expect_err("refused").kind(), io::ErrorKind::ConnectionRefused);
+    pair.events.expect(
+        "no listener",
+        |event| matches!(event, KernelEvent::NoListener(packet) if packet.destination == Some(pair.b.id)),
+    );
+}
