@@ -5,6 +5,7 @@
 //! [`Node`] is a `culvert agent -dev` in it, steered as a user would: by the command line and the HTTP API.
 
 #![forbid(unsafe_code)]
+#![expect(clippy::print_stdout, reason = "what a failing test prints is its report")]
 
 mod http;
 mod node;

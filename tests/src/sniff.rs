@@ -27,6 +27,10 @@ pub struct Sniffer {
 }
 
 impl Sniffer {
+    /// Opens the packet socket.
+    ///
+    /// # Errors
+    /// Without the right to.
     pub fn new() -> anyhow::Result<Self> {
         let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(EVERYTHING)));
         let socket = socket.context("open a packet socket")?;
@@ -35,6 +39,9 @@ impl Sniffer {
     }
 
     /// Looks at packets to and from `address` for a while.
+    ///
+    /// # Errors
+    /// None so far; a packet that cannot be read is passed over.
     pub fn watch(mut self, address: Ipv4Addr, time: Duration) -> anyhow::Result<Seen> {
         let (started, mut seen, mut frame) = (Instant::now(), Seen::default(), vec![0; 65536]);
         while started.elapsed() < time {

@@ -76,8 +76,6 @@ impl Validator<'_> {
             );
             self.report(&format!("{path}.name"), message);
         }
-        let label = service.connect.as_ref().and_then(|connect| connect.sidecar.port.clone()).map(PortRef::Label);
-        self.port_label(&format!("{path}.connect.sidecar_service.port"), group, label.as_ref(), name);
     }
 
     fn port_label(&self, path: &str, group: &Group, port: Option<&PortRef>, service: &str) {

@@ -51,8 +51,8 @@ struct Inner {
     /// `None`: no eBPF on this node; every connection goes through the worker.
     datapath: Option<Datapath>,
     attached: BTreeMap<u32, Attached>,
-    /// Routes in force.
-    routes: BTreeMap<RouteKey, Route>,
+    /// Routes in force; `None` before the first were written: the tables may hold what an earlier agent left.
+    routes: Option<BTreeMap<RouteKey, Route>>,
     /// Ends whose connections are denied and have been ended.
     denied: BTreeSet<FlowEnds>,
     /// Where the inbound listener of a proxy belongs: workload and port.
@@ -74,7 +74,7 @@ impl PolicyEngine {
         let inner = Inner {
             datapath,
             attached: BTreeMap::new(),
-            routes: BTreeMap::new(),
+            routes: None,
             denied: BTreeSet::new(),
             expected: BTreeMap::new(),
             pairs: Vec::new(),
@@ -99,7 +99,7 @@ impl PolicyEngine {
     /// Until the first route in force expires.
     async fn next_end(&self) -> Duration {
         let inner = self.inner.lock().await;
-        let end = inner.routes.values().map(|route| route.expires).min();
+        let end = inner.routes.iter().flatten().map(|(_, route)| route.expires).min();
         end.and_then(|end| end.duration_since(SystemTime::now()).ok()).map_or(LOOK_AGAIN, |rest| rest.min(LOOK_AGAIN))
     }
 
@@ -157,7 +157,7 @@ impl PolicyEngine {
 
     /// Number of routes in force.
     pub async fn routes(&self) -> usize {
-        self.inner.lock().await.routes.len()
+        self.inner.lock().await.routes.as_ref().map_or(0, BTreeMap::len)
     }
 
     /// Removes every program and table from the kernel: the agent leaves.
@@ -224,14 +224,14 @@ impl Inner {
         let Some(datapath) = &mut self.datapath else { return };
         let workloads: Vec<AttachedWorkload> = self.attached.values().map(Attached::workload).collect();
         let desired = compile(view, &workloads, SystemTime::now());
-        if desired != self.routes {
+        if self.routes.as_ref() != Some(&desired) {
             let entries = entries(&desired, &mut self.pairs);
             if let Err(error) = datapath.apply(&entries) {
                 // Removals come first, so what is in force is never more than what is allowed.
                 error!(error = chain(&error), "kernel routes are not up to date; trying again");
                 return;
             }
-            self.routes = desired;
+            self.routes = Some(desired);
         }
         let denied = denied(view, &workloads);
         // Also pairs that this agent sees for the first time: connections of its predecessor may live there.

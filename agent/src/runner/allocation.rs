@@ -243,9 +243,18 @@ impl Allocation {
 
     async fn register(&self, registrations: &[Registration]) -> Result<Vec<ServiceView>, RunError> {
         let mut services = Vec::new();
+        let mut record = self.view.borrow().record.clone();
         for registration in registrations {
-            let sidecar_port = self.node.register(&registration.body).await?;
+            let kept = record.sidecar_ports.get(&registration.service_id).copied();
+            let sidecar_port = self.node.register(&registration.body_with_port(kept)).await?;
+            if let Some(port) = sidecar_port {
+                record.sidecar_ports.insert(registration.service_id.clone(), port);
+            }
             services.push(ServiceView { sidecar_port, ..ServiceView::planned(registration) });
+        }
+        if record.sidecar_ports != self.view.borrow().record.sidecar_ports {
+            self.node.records.put_allocation(&record)?;
+            self.view.send_modify(|view| view.record = record);
         }
         Ok(services)
     }

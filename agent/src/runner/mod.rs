@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use culvert_jobspec::{Diagnostics, Job};
+use culvert_jobspec::{Change, Diagnostics, Job};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -203,12 +203,9 @@ impl Runner {
         let (mut kept, mut stop) = (Vec::new(), Vec::new());
         for view in self.views().into_iter().filter(|view| view.record.job.id == job.id) {
             let record = view.record;
-            let same = |group: &&culvert_jobspec::Group| {
-                record.index < group.count && record.job.group(&record.group).is_some_and(|old| same_group(old, group))
-            };
-            let stays = view.status != AllocationStatus::Failed
-                && record.job.meta == job.meta
-                && job.group(&record.group).filter(same).is_some();
+            let in_count = job.group(&record.group).is_some_and(|group| record.index < group.count);
+            let change = culvert_jobspec::group_change(&record.job, job, &record.group);
+            let stays = view.status != AllocationStatus::Failed && in_count && change == Change::Nothing;
             if stays { kept.push((record.id, record.group, record.index)) } else { stop.push(record.id) }
         }
         (kept, stop)
@@ -238,6 +235,7 @@ impl Runner {
                     job_version,
                     group: group.name.clone(),
                     index,
+                    sidecar_ports: BTreeMap::new(),
                     created: now(),
                     stopping: false,
                 };
@@ -290,11 +288,6 @@ impl Runner {
         }
         ids.to_vec()
     }
-}
-
-/// Would an allocation of `old` serve as one of `new`? The count alone makes no difference.
-fn same_group(old: &culvert_jobspec::Group, new: &culvert_jobspec::Group) -> bool {
-    culvert_jobspec::Group { count: new.count, ..old.clone() } == *new
 }
 
 /// The smallest number from 1 that is not taken.

@@ -45,6 +45,9 @@ pub struct AllocationRecord {
     pub index: u32,
     /// Ports by label.
     pub ports: BTreeMap<String, PortBinding>,
+    /// Ports of the sidecars by service ID, once the catalog has assigned them: kept across a restart of the agent.
+    #[serde(default)]
+    pub sidecar_ports: BTreeMap<String, u16>,
     /// Seconds since 1970.
     pub created: u64,
     /// It shall stop; what is left of it is being removed.

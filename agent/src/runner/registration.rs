@@ -31,6 +31,17 @@ pub(super) struct Registration {
     pub(super) body: Value,
 }
 
+impl Registration {
+    /// The body, asking for the sidecar port that the allocation had before, if it had one.
+    pub(super) fn body_with_port(&self, port: Option<u16>) -> Value {
+        let mut body = self.body.clone();
+        if let (Some(port), Some(sidecar)) = (port, body.pointer_mut("/Connect/SidecarService")) {
+            sidecar["Port"] = port.into();
+        }
+        body
+    }
+}
+
 /// Where the sidecars of an allocation are reached.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SidecarAddress {

@@ -17,10 +17,10 @@ const CONNECT: Schema = Schema {
 
 const SIDECAR_SERVICE: Schema = Schema {
     block: "sidecar_service",
-    attributes: &["disable_default_tcp_check", "port", "tags"],
+    attributes: &["tags"],
     maps: &["meta"],
     once: &["proxy"],
-    refused: &["dynamic"],
+    refused: &["disable_default_tcp_check", "dynamic", "port"],
     ..EMPTY
 };
 
@@ -112,8 +112,6 @@ pub(super) fn decode_connect(service: &Reader<'_>, block: &Block) -> Option<Conn
         sidecar: SidecarService {
             tags: reader.templates("tags").map(|tags| tags.value),
             meta: reader.template_map("meta"),
-            port: reader.literal("port").map(|port| port.value).filter(|port| !port.is_empty()),
-            disable_default_tcp_check: reader.boolean("disable_default_tcp_check").unwrap_or(false),
             proxy,
         },
     })

@@ -3,7 +3,7 @@
 use super::closest;
 use crate::Template;
 use crate::duration::parse_go_duration;
-use crate::hcl::{Problem, Scope, Value, to_bool, to_integer, to_text};
+use crate::hcl::{Problem, Scope, Value, to_integer, to_text};
 use crate::parse::Session;
 use hcl_edit::Span as _;
 use hcl_edit::expr::Expression;
@@ -191,15 +191,6 @@ impl<'a> Reader<'a> {
             return None;
         }
         Some(At { value, span: found.span })
-    }
-
-    pub(super) fn boolean(&self, name: &str) -> Option<bool> {
-        let found = self.value(name)?;
-        let value = to_bool(&found.value);
-        if value.is_none() {
-            self.wrong(name, "true or false", &found);
-        }
-        value
     }
 
     /// A duration such as `"30s"`.

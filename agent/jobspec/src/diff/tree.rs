@@ -140,8 +140,6 @@ fn service(service: &Service) -> Node {
         .filled(Node::new("Config").json("", &proxy.config))
         .all(proxy.upstreams.iter().map(upstream));
     let sidecar = Node::new("SidecarService")
-        .option("Port", sidecar.port.as_ref())
-        .option("DisableDefaultTCPCheck", sidecar.disable_default_tcp_check.then_some(true))
         .filled(Node::new("Tags").list("Tags", sidecar.tags.as_deref().unwrap_or_default()))
         .filled(Node::new("Meta").map("Meta", &sidecar.meta))
         .filled(proxy);

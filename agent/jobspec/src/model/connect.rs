@@ -20,10 +20,6 @@ pub struct SidecarService {
     pub tags: Option<Vec<Template>>,
     /// `meta`; empty: the service's.
     pub meta: BTreeMap<String, Template>,
-    /// `port`: label of the `port` block that the sidecar's inbound listener uses; `None`: a port of its own.
-    pub port: Option<String>,
-    /// `disable_default_tcp_check`: no TCP check of the sidecar's listener.
-    pub disable_default_tcp_check: bool,
     /// `proxy`.
     pub proxy: Proxy,
 }
