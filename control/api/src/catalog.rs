@@ -58,7 +58,6 @@ pub struct CatalogService {
     pub datacenter: String,
     pub tagged_addresses: BTreeMap<String, String>,
     pub node_meta: BTreeMap<String, String>,
-    #[serde(skip_serializing_if = "String::is_empty")]
     pub service_kind: String,
     #[serde(rename = "ServiceID")]
     pub service_id: String,
@@ -70,7 +69,6 @@ pub struct CatalogService {
     pub service_weights: Weights,
     pub service_meta: BTreeMap<String, String>,
     pub service_port: u16,
-    #[serde(skip_serializing_if = "String::is_empty")]
     pub service_socket_path: String,
     pub service_enable_tag_override: bool,
     pub service_proxy: Proxy,

@@ -107,7 +107,9 @@ impl Client {
             if plain.is_empty() || plain.contains('/') {
                 return Err(refused("use host:port, http://host:port or unix:///path"));
             }
-            Place::Tcp(if plain.contains(':') { plain.to_owned() } else { format!("{plain}:8500") })
+            // The last colon is a port's, unless it stands inside the brackets of an IPv6 address.
+            let has_port = plain.rfind(':').is_some_and(|colon| plain.rfind(']').is_none_or(|bracket| bracket < colon));
+            Place::Tcp(if has_port { plain.to_owned() } else { format!("{plain}:8500") })
         };
         Ok(Self { place, token })
     }

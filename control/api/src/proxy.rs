@@ -50,7 +50,6 @@ pub struct ExposePath {
     pub path: String,
     pub local_path_port: u16,
     pub protocol: String,
-    #[serde(skip_serializing_if = "is_default")]
     pub parsed_from_check: bool,
 }
 
@@ -70,6 +69,7 @@ pub struct TransparentProxy {
 #[serde(rename_all = "PascalCase", default)]
 #[expect(missing_docs, reason = "Consul's names, see consul.io/docs/connect/registration/service-registration")]
 pub struct Proxy {
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub destination_service_name: String,
     #[serde(rename = "DestinationServiceID", skip_serializing_if = "String::is_empty")]
     pub destination_service_id: String,

@@ -21,11 +21,13 @@ pub struct ServiceAddress {
 
 /// Weights for DNS and balancing.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "PascalCase", default)]
+#[serde(rename_all = "PascalCase")]
 pub struct Weights {
-    /// While passing.
+    /// While passing; 0 when only the other one is given.
+    #[serde(default)]
     pub passing: i64,
-    /// While warning.
+    /// While warning; 0 when only the other one is given.
+    #[serde(default)]
     pub warning: i64,
 }
 
