@@ -50,8 +50,11 @@ pub struct Roles {
     pub worker: fn(Vec<OsString>) -> ExitCode,
 }
 
+/// Reads one environment variable.
+type Variable = dyn Fn(&str) -> Option<String>;
+
 /// Environment variables; an empty one counts as not set, as in Go's clients.
-struct Env(Box<dyn Fn(&str) -> Option<String>>);
+struct Env(Box<Variable>);
 
 impl Env {
     fn process() -> Self {
