@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use hdrhistogram::Histogram;
-use serde::{Deserialize, Serialize};
 
 /// Largest message of the echo test, and size of the echo server's buffer.
 const MAX_MESSAGE: usize = 64 * 1024;
@@ -21,9 +20,8 @@ const SINK: u8 = b's';
 const HOLD: u8 = b'h';
 
 /// What the client shall do.
-#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Work {
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Work {
     /// One message out, the same back, on one connection.
     Echo { size: usize, millis: u64 },
     /// Bytes one way, on so many connections.
@@ -35,17 +33,34 @@ pub enum Work {
 }
 
 /// What the client measured.
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
-pub struct Measured {
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Measured {
     /// Round trips, connections or bytes.
-    pub count: u64,
+    pub(crate) count: u64,
     /// How long it took.
-    pub nanos: u64,
+    pub(crate) nanos: u64,
     /// Every single duration in nanoseconds: (value, how often).
-    pub durations: Vec<(u64, u64)>,
+    pub(crate) durations: Vec<(u64, u64)>,
 }
 
 impl Measured {
+    /// The duration that a share `q` of all does not exceed, in nanoseconds.
+    pub(crate) fn quantile(&self, q: f64) -> Option<u64> {
+        let total: u64 = self.durations.iter().map(|(_, times)| times).sum();
+        #[expect(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a rank among counts"
+        )]
+        let rank = (total as f64 * q).ceil() as u64;
+        let mut seen = 0;
+        self.durations.iter().find_map(|(value, times)| {
+            seen += times;
+            (seen >= rank).then_some(*value)
+        })
+    }
+
     fn of(histogram: &Histogram<u64>, count: u64, elapsed: Duration) -> Self {
         let durations =
             histogram.iter_recorded().map(|step| (step.value_iterated_to(), step.count_at_value())).collect();
@@ -54,7 +69,7 @@ impl Measured {
 }
 
 /// Serves echo, sink and hold connections for ever.
-pub fn serve(addresses: &[SocketAddr]) -> anyhow::Result<()> {
+pub(crate) fn serve(addresses: &[SocketAddr]) -> anyhow::Result<()> {
     let listeners =
         addresses.iter().map(|address| TcpListener::bind(address).with_context(|| format!("bind {address}")));
     let threads: Vec<_> = listeners
@@ -106,7 +121,7 @@ fn connect(target: SocketAddr, kind: u8) -> anyhow::Result<TcpStream> {
 }
 
 /// Does `work` against `target`. `held` keeps the connections of [`Work::Hold`] open.
-pub fn work(target: SocketAddr, work: Work, held: &mut Vec<TcpStream>) -> anyhow::Result<Measured> {
+pub(crate) fn work(target: SocketAddr, work: Work, held: &mut Vec<TcpStream>) -> anyhow::Result<Measured> {
     held.clear();
     match work {
         Work::Echo { size, millis } => echo(target, size, Duration::from_millis(millis)),
