@@ -50,6 +50,9 @@ type Asks = mpsc::Receiver<(Ask, oneshot::Sender<Result<(), String>>)>;
 /// What keeps it from starting: another agent, missing rights, a taken port, unreadable state.
 pub fn run(settings: Settings, again: SettingsSource) -> anyhow::Result<()> {
     require_root()?;
+    if settings.grpc.len() > 1 {
+        bail!("xDS listens on one address: give client_addr one address, or turn ports.grpc off");
+    }
     let data_dir = settings.data_dir.clone();
     make_private(&data_dir)?;
     lock::take(&data_dir, now())?;

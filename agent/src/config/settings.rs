@@ -42,7 +42,7 @@ pub struct Settings {
     pub grpc: Vec<SocketAddr>,
     /// Where other nodes reach this one; default: the bind address, or the source address of the default route.
     pub advertise: IpAddr,
-    /// Least important level that is logged; default info. Changed by a reload.
+    /// Least important level that is logged; default info.
     pub log_level: LogLevel,
     /// Ports for sidecars that name none; `None` turns the assignment off. Default 21000 to 21255.
     pub sidecar_ports: Option<RangeInclusive<u16>>,
@@ -152,6 +152,7 @@ impl Settings {
             (self.ebpf != new.ebpf, "ebpf"),
             (self.cgroup_parent != new.cgroup_parent, "cgroup_parent"),
             (self.limits != new.limits, "limits"),
+            (self.log_level != new.log_level, "log_level"),
         ]
         .into_iter()
         .filter_map(|(differs, name)| differs.then_some(name))

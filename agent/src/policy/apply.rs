@@ -57,6 +57,8 @@ struct Inner {
     denied: BTreeSet<FlowEnds>,
     /// Where the inbound listener of a proxy belongs: workload and port.
     expected: BTreeMap<String, (u32, u16)>,
+    /// Workloads of an earlier agent that are not attached again yet; programs of another layout go when it is empty.
+    awaited: BTreeSet<u32>,
     /// Numbers of pairs of services, as they come back in events of the kernel. Never reused while the agent runs.
     pairs: Vec<Pair>,
 }
@@ -77,6 +79,7 @@ impl PolicyEngine {
             routes: None,
             denied: BTreeSet::new(),
             expected: BTreeMap::new(),
+            awaited: BTreeSet::new(),
             pairs: Vec::new(),
         };
         Arc::new(Self { inner: Mutex::new(inner), mesh })
@@ -142,12 +145,14 @@ impl PolicyEngine {
     /// Takes programs off workloads that an earlier agent left and that are not in `live`.
     pub async fn retain(&self, live: &[u32]) {
         let mut inner = self.inner.lock().await;
+        inner.awaited = live.iter().copied().collect();
         let Some(datapath) = &mut inner.datapath else { return };
         match datapath.retain(live) {
             Ok(gone) if gone.is_empty() => {}
             Ok(gone) => info!(count = gone.len(), "took the programs off workloads that are gone"),
             Err(error) => warn!(error = chain(&error), "programs of workloads that are gone are not all removed"),
         }
+        inner.finish_takeover();
     }
 
     /// Is the direct path available on this node?
@@ -188,11 +193,26 @@ impl Inner {
         ports.extend(steered.iter().map(|port| (*port, PortKind::Steered)));
         datapath.set_ports(id, &ports).map_err(|error| chain(&error))?;
         self.attached.insert(id, Attached { attachment, steered });
+        self.awaited.remove(&id);
+        self.finish_takeover();
         self.reconcile(view);
         Ok(())
     }
 
+    /// Once every workload is under this agent's programs, those of an earlier layout go.
+    fn finish_takeover(&mut self) {
+        if !self.awaited.is_empty() {
+            return;
+        }
+        if let Some(datapath) = &mut self.datapath
+            && let Err(error) = datapath.finish_takeover()
+        {
+            warn!(%error, "what programs of another layout have left is not all removed");
+        }
+    }
+
     fn detach(&mut self, id: u32, view: &MeshView) {
+        self.awaited.remove(&id);
         self.expected.retain(|_, (workload, _)| *workload != id);
         if self.attached.remove(&id).is_none() {
             return;

@@ -215,7 +215,7 @@ impl Allocation {
             id: self.record.workload,
             workload: workload.clone(),
             sidecars: meshed.clone().filter_map(|registration| registration.sidecar_id.clone()).collect(),
-            protected: meshed.clone().filter_map(|registration| registration.port).collect(),
+            protected: meshed.clone().flat_map(|registration| registration.ports.clone()).collect(),
             published,
         };
         self.node.policy.attach(attachment).await.map_err(|reason| RunError::Kernel { reason })

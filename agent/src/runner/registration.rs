@@ -21,8 +21,8 @@ pub(super) struct Registration {
     pub(super) service_id: String,
     /// Name of the service.
     pub(super) service: String,
-    /// Port of the application inside the network namespace, if the service has one.
-    pub(super) port: Option<u16>,
+    /// Ports inside the network namespace where the application is reached: the service's, and the sidecar's target.
+    pub(super) ports: Vec<u16>,
     /// Catalog ID of its sidecar, if it takes part in the mesh.
     pub(super) sidecar_id: Option<String>,
     /// Loopback addresses of its upstreams.
@@ -125,7 +125,8 @@ fn registration(allocation: &Allocated<'_>, service: &Service) -> Result<Registr
     let sidecar_id = sidecar.map(|_| format!("{service_id}-sidecar-proxy"));
     let upstreams = sidecar.map_or(&[][..], |sidecar| &sidecar.proxy.upstreams);
     let upstreams = upstreams.iter().map(|one| (one.local_bind_address, one.local_bind_port).into()).collect();
-    Ok(Registration { service_id, service: name, port, sidecar_id, upstreams, body })
+    let ports = port.into_iter().chain(sidecar.and_then(|sidecar| sidecar.proxy.local_service_port)).collect();
+    Ok(Registration { service_id, service: name, ports, sidecar_id, upstreams, body })
 }
 
 fn sidecar_body(allocation: &Allocated<'_>, sidecar: &SidecarService) -> Result<Value, RegistrationError> {

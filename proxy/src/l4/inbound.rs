@@ -23,6 +23,7 @@ pub(super) async fn carry(shared: &Shared, mut story: Story<'_>, tunnel: Connect
     let (Established { session, early, .. }, app, _place) = match Box::pin(establish(shared, &mut story, &tunnel)).await
     {
         Ok(established) => established,
+        Err((_, End::Silent)) => return story.forget(),
         Err((refusal, end)) => {
             if matches!(end, End::Orderly) {
                 tunnel.finish();
@@ -46,6 +47,8 @@ pub(super) async fn carry(shared: &Shared, mut story: Story<'_>, tunnel: Connect
 
 /// How a refused peer learns it.
 enum End {
+    /// Not at all: it left without a word, and is no connection worth telling about.
+    Silent,
     /// FIN behind the TLS alert, which a reset could overtake.
     Orderly,
     /// RST.
@@ -59,7 +62,10 @@ async fn establish(
 ) -> Result<(Established, Connection, Place), (Refusal, End)> {
     let established = match timeout(HANDSHAKE_TIMEOUT, handshake(shared, tunnel)).await {
         Ok(Ok(established)) => established,
-        Ok(Err(error)) => return Err((Refusal::new(error.reason(), &error), End::Orderly)),
+        Ok(Err(error)) => {
+            let end = if matches!(error, HandshakeError::Silent) { End::Silent } else { End::Orderly };
+            return Err((Refusal::new(error.reason(), &error), end));
+        }
         Err(_) => {
             let refusal = Refusal::new(RefusalReason::Handshake, "TLS handshake did not finish in time");
             return Err((refusal, End::Reset));

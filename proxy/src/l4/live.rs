@@ -93,6 +93,11 @@ impl<'a> Story<'a> {
         self.emit(ConnectionKind::Refuse, Verdict::Deny, Some(refusal.reason), Some(refusal.detail));
     }
 
+    /// Nothing happened that is worth telling.
+    pub(crate) fn forget(mut self) {
+        self.told = true;
+    }
+
     /// Over by itself; `detail` says what broke, if something did.
     pub(crate) fn close(mut self, detail: Option<String>) {
         self.told = true;

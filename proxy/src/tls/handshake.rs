@@ -40,6 +40,9 @@ pub(crate) enum HandshakeError {
     /// The socket.
     #[error("TLS handshake: {0}")]
     Socket(io::Error),
+    /// The peer went away without a word: somebody looked whether the port is open, as health checks do.
+    #[error("TLS handshake: peer closed the connection before it sent anything")]
+    Silent,
     /// The peer went away.
     #[error("TLS handshake: peer closed the connection")]
     Closed,
@@ -58,7 +61,9 @@ impl HandshakeError {
             Self::Tls(rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented, role) => {
                 role.refusal()
             }
-            Self::Tls(..) | Self::Socket(_) | Self::Closed | Self::Flight | Self::Keys(_) => RefusalReason::Handshake,
+            Self::Tls(..) | Self::Socket(_) | Self::Silent | Self::Closed | Self::Flight | Self::Keys(_) => {
+                RefusalReason::Handshake
+            }
         }
     }
 }
@@ -184,11 +189,13 @@ struct Handshake<'a> {
     /// so it gets one record more at a time; and it wants to see again what it did not discard.
     seen: usize,
     outgoing: Vec<u8>,
+    /// The peer has sent something.
+    heard: bool,
 }
 
 impl<'a> Handshake<'a> {
     fn new(stream: &'a TcpStream) -> Self {
-        Self { stream, incoming: Vec::new(), seen: 0, outgoing: Vec::new() }
+        Self { stream, incoming: Vec::new(), seen: 0, outgoing: Vec::new(), heard: false }
     }
 
     /// Runs to the end; returns what was read behind it.
@@ -250,8 +257,12 @@ impl<'a> Handshake<'a> {
         loop {
             self.stream.readable().await?;
             match self.stream.try_read_buf(&mut self.incoming) {
-                Ok(0) => return Err(HandshakeError::Closed),
-                Ok(_) => return Ok(()),
+                Ok(0) if self.heard => return Err(HandshakeError::Closed),
+                Ok(0) => return Err(HandshakeError::Silent),
+                Ok(_) => {
+                    self.heard = true;
+                    return Ok(());
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error.into()),
             }

@@ -141,8 +141,11 @@ fn hello() -> ToAgent {
 async fn find_agent(adoption: &str) -> Option<ControlSocket> {
     let until = Instant::now() + ORPHAN_LIFE;
     while Instant::now() < until {
-        if let Ok(agent) = ControlSocket::call(adoption) {
-            return Some(agent);
+        match ControlSocket::call(adoption).and_then(|agent| Ok((agent.peer()?.uid, agent))) {
+            // Anybody may bind an abstract name; sockets and policy are handed to root or to who started this worker.
+            Ok((uid, agent)) if uid == 0 || uid == rustix::process::geteuid().as_raw() => return Some(agent),
+            Ok((uid, _)) => warn!(uid, "a process that is not an agent answers in its place; not followed"),
+            Err(_) => {}
         }
         sleep(CALL_PAUSE).await;
     }
