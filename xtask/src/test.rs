@@ -4,6 +4,7 @@ use anyhow::bail;
 use clap::Args;
 
 use crate::command::{self, cargo};
+use crate::ebpf;
 use crate::setup::{CHROMEDRIVER, CHROMIUM, IP, NFT, Setup, is_root};
 
 /// Runs each test in a process of its own, so that namespaces and working directories do not mix.
@@ -13,6 +14,9 @@ pub(crate) const ENVOY: &str = "1.40.0";
 
 #[derive(Args)]
 pub(crate) struct Options {
+    /// Build the kernel object from its sources first; always done where `CI` is set.
+    #[arg(long)]
+    fresh_kernel_object: bool,
     /// Passed on to nextest: a filter, `-p <crate>`, …
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     nextest: Vec<String>,
@@ -28,6 +32,9 @@ pub(crate) fn run(setup: &Setup, options: &Options) -> anyhow::Result<()> {
     setup.programs(&[&IP, &NFT, &CHROMIUM, &CHROMEDRIVER])?;
     setup.cargo_tool("cargo-nextest", NEXTEST, "runs each test in a process of its own")?;
     let envoy = setup.envoy(ENVOY)?;
+    if options.fresh_kernel_object || std::env::var_os("CI").is_some() {
+        ebpf::refresh(setup)?;
+    }
     // End-to-end tests start the real binaries.
     command::run(cargo().args(["build", "--workspace", "--bins", "--quiet"]))?;
     command::run(cargo().args(["nextest", "run", "--workspace"]).args(&options.nextest).env("CULVERT_ENVOY", envoy))

@@ -29,6 +29,11 @@ pub(crate) struct Options {
     check: bool,
 }
 
+/// Builds the object and puts it into the tree: what is tested then is fresh.
+pub(crate) fn refresh(setup: &Setup) -> Result<()> {
+    run(setup, &Options { check: false })
+}
+
 /// Builds the object.
 pub(crate) fn run(setup: &Setup, options: &Options) -> Result<()> {
     let toolchain = toolchain::find_or_install(setup)?;
