@@ -7,12 +7,14 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "what a failing test prints is its report")]
 
+mod browser;
 mod http;
 mod node;
 mod sniff;
 mod world;
 
-pub use http::{get, get_json, put};
+pub use browser::Browser;
+pub use http::{get, get_json, post_json, put};
 pub use node::{Node, NodeOptions};
 pub use sniff::{Seen, Sniffer};
 pub use world::World;
