@@ -80,7 +80,8 @@ impl Setup {
         }
         let target = format!("{name}@{version}");
         let place = cache().join("tools");
-        run(cargo().args(["install", "--locked", "--quiet", &target, "--root"]).arg(place))?;
+        // Unoptimised: it runs for seconds, and is built much faster.
+        run(cargo().args(["install", "--locked", "--quiet", "--debug", &target, "--root"]).arg(place))?;
         Ok(cached)
     }
 
