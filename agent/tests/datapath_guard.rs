@@ -55,7 +55,7 @@ impl Programs {
             address4: ADDR4.into(),
             address6: ADDR6.into(),
             ifindex: 1,
-            mac: MAC,
+            mac: MAC.into(),
             ..Workload::default()
         };
         programs.table::<u32, Workload>(map::WORKLOAD_IF).insert(1, workload, 0).expect("written");
@@ -313,11 +313,12 @@ fn leave_lets_exactly_its_own_syn_enter() {
 }
 
 #[test]
-fn a_veth_without_an_entry_passes_nothing() {
+fn a_veth_without_an_entry_opens_nothing() {
     let Some(mut programs) = Programs::load("without_an_entry") else { return };
     programs.table::<u32, Workload>(map::WORKLOAD_IF).remove(&1).expect("removed");
     assert!(!programs.leaves(&ipv4(MAC, ADDR4, OTHER4, 6, 0, &tcp(80, ACK))));
-    assert!(!programs.enters(&ipv4(OTHER_MAC, OTHER4, ADDR4, 6, 0, &tcp(80, ACK))));
+    assert!(!programs.enters(&ipv4(OTHER_MAC, OTHER4, ADDR4, 6, 0, &tcp(80, SYN))));
+    assert!(!programs.enters(&ipv4(OTHER_MAC, OTHER4, ADDR4, 17, 0, &udp(80))));
     assert!(!programs.leaves(&arp(MAC, MAC, ADDR4)));
 }
 

@@ -89,7 +89,17 @@ struct Traffic {
 }
 
 impl Traffic {
+    /// Direct ones.
     fn start(pair: &Pair) -> Self {
+        Self::begin(pair, true)
+    }
+
+    /// Direct or proxied ones.
+    fn either(pair: &Pair) -> Self {
+        Self::begin(pair, false)
+    }
+
+    fn begin(pair: &Pair, direct: bool) -> Self {
         let (stop, made) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let netns = fs::File::open(format!("/run/netns/{}", pair.a.netns_name)).expect("a namespace");
         let thread = thread::spawn({
@@ -98,7 +108,7 @@ impl Traffic {
                 common::enter(&netns);
                 let mut failures = Vec::new();
                 while !stop.load(Ordering::SeqCst) {
-                    if let Err(error) = one_connection() {
+                    if let Err(error) = one_connection(direct) {
                         failures.push(format!("connection {}: {error}", made.load(Ordering::SeqCst)));
                     }
                     made.fetch_add(1, Ordering::SeqCst);
@@ -123,7 +133,7 @@ impl Traffic {
     }
 }
 
-fn one_connection() -> io::Result<()> {
+fn one_connection(direct: bool) -> io::Result<()> {
     let mut stream = TcpStream::connect_timeout(&upstream4(), PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut first = [0; 1];
@@ -131,7 +141,7 @@ fn one_connection() -> io::Result<()> {
     if &first != b"b" {
         return Err(io::Error::other("not the application"));
     }
-    if !is_direct(&stream) {
+    if direct && !is_direct(&stream) {
         return Err(io::Error::other("not direct"));
     }
     echo(&mut stream, b"hello")
@@ -214,6 +224,25 @@ fn programs_of_another_layout_are_replaced_without_a_failed_connection() {
     traffic.finish();
     assert_eq!(generations(&pair.world), [bpf_dir.join("v1-2")]);
     assert_eq!(links(&pair.world).len(), 5 + 2 * 3);
+}
+
+#[test]
+fn no_connection_fails_while_the_path_changes() {
+    let Some(mut pair) = Pair::new("switch") else { return };
+    let _proxy = EchoServer::start(pair.a.run(|| TcpListener::bind(upstream4()).expect("a port")), "b");
+    let _server = pair.b.serve("127.0.0.1:9001", "b");
+    let traffic: Vec<_> = (0..3).map(|_| Traffic::either(&pair)).collect();
+    for _ in 0..100 {
+        pair.datapath.apply(&BTreeMap::new()).expect("applied");
+        traffic[0].more(1);
+        pair.datapath.apply(&pair.desired()).expect("applied");
+        traffic[1].more(1);
+    }
+    traffic.into_iter().for_each(Traffic::finish);
+    let opened = pair.events.drain().iter().filter(|event| matches!(event, KernelEvent::Open(_))).count();
+    assert!(opened > 0, "some went direct");
+    let failed: Vec<_> = pair.events.drain().iter().filter(|event| matches!(event, KernelEvent::Fail(_))).collect();
+    assert!(failed.is_empty(), "{failed:?}");
 }
 
 /// An agent in a process of its own, to be killed.

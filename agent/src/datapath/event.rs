@@ -110,11 +110,29 @@ pub enum KernelEvent {
     NoListener(DroppedPacket),
 }
 
-impl KernelEvent {
-    /// Reads a record of the ring; `None` when it is none of ours. `now` and `boot` are the same moment on both clocks.
+/// A record of the ring.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Record {
+    /// For the agent.
+    Event(KernelEvent),
+    /// For ourselves: no listening socket of this workload is known where one was wanted.
+    Unlisted(u32),
+}
+
+impl Record {
+    /// Reads a record; `None` when it is none of ours. `now` and `boot` are the same moment on both clocks.
     fn read(record: &[u8], now: SystemTime, boot: u64) -> Option<Self> {
         let event = decode(record)?;
         let kind = EventKind::from_number(event.kind)?;
+        if kind == EventKind::Unlisted {
+            return Some(Self::Unlisted(event.destination_workload));
+        }
+        Some(Self::Event(KernelEvent::from_raw(kind, &event, now, boot)))
+    }
+}
+
+impl KernelEvent {
+    fn from_raw(kind: EventKind, event: &Event, now: SystemTime, boot: u64) -> Self {
         let at = now.checked_sub(Duration::from_nanos(boot.saturating_sub(event.at))).unwrap_or(now);
         let connection = DirectConnection {
             at,
@@ -137,7 +155,7 @@ impl KernelEvent {
             destination: (event.destination_workload != 0).then_some(event.destination_workload),
             suppressed: event.suppressed,
         };
-        Some(match kind {
+        match kind {
             EventKind::Open => Self::Open(connection),
             EventKind::Close => Self::Close {
                 connection,
@@ -148,8 +166,8 @@ impl KernelEvent {
             EventKind::Fail => Self::Fail(connection),
             EventKind::Refused => Self::Refused(packet),
             EventKind::Spoofed => Self::Spoofed(packet),
-            EventKind::NoListener => Self::NoListener(packet),
-        })
+            EventKind::NoListener | EventKind::Unlisted => Self::NoListener(packet),
+        }
     }
 }
 
@@ -201,9 +219,16 @@ pub(super) async fn pump(
         }
         let (now, boot) = (SystemTime::now(), clock::boot());
         while let Some(record) = ring.next() {
-            let Some(event) = KernelEvent::read(&record, now, boot) else {
-                warn!(length = record.len(), "an event of the kernel programs that this version does not know");
-                continue;
+            let event = match Record::read(&record, now, boot) {
+                Some(Record::Event(event)) => event,
+                Some(Record::Unlisted(workload)) => {
+                    on_missing_listener(workload);
+                    continue;
+                }
+                None => {
+                    warn!(length = record.len(), "an event of the kernel programs that this version does not know");
+                    continue;
+                }
             };
             if let KernelEvent::NoListener(DroppedPacket { destination: Some(workload), .. }) = event {
                 on_missing_listener(workload);
@@ -267,7 +292,7 @@ mod tests {
             reserved: 0,
         };
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1);
-        let read = KernelEvent::read(&encode(&event), now, 1000).expect("an event");
+        let read = Record::read(&encode(&event), now, 1000).expect("an event");
         let flow = Flow {
             source: "172.26.64.5:50000".parse().expect("an address"),
             destination: "[::1]:9001".parse().expect("an address"),
@@ -282,13 +307,16 @@ mod tests {
             upstream_port: 8080,
         };
         let duration = Duration::from_nanos(30);
-        assert_eq!(read, KernelEvent::Close { connection, bytes_to_destination: 10, bytes_to_source: 20, duration });
+        let close = KernelEvent::Close { connection, bytes_to_destination: 10, bytes_to_source: 20, duration };
+        assert_eq!(read, Record::Event(close));
+        let unlisted = Event { kind: EventKind::Unlisted as u32, ..event };
+        assert_eq!(Record::read(&encode(&unlisted), now, 1000), Some(Record::Unlisted(2)));
     }
 
     proptest! {
         #[test]
         fn no_record_brings_the_reader_down(record in proptest::collection::vec(any::<u8>(), 0..256), boot: u64) {
-            let event = KernelEvent::read(&record, SystemTime::now(), boot);
+            let event = Record::read(&record, SystemTime::now(), boot);
             prop_assert!(event.is_none() || record.len() == size_of::<Event>());
         }
     }

@@ -48,7 +48,7 @@ pub use self::event::{DirectConnection, DroppedPacket, EVENT_QUEUE, Flow, Kernel
 pub use self::kernel::OBJECT;
 pub use self::revoke::FlowEnds;
 pub use self::tc::TcMode;
-pub use self::upstream::{Applied, Instance, Removed, Upstream, UpstreamKey};
+pub use self::upstream::{Applied, Instance, REMOVAL_GRACE, Removed, Upstream, UpstreamKey};
 
 use self::kernel::{CGROUP_PROGRAMS, Kernel};
 use self::pins::Generation;
@@ -155,7 +155,8 @@ impl Datapath {
     }
 
     /// Brings the upstream entries of all workloads to `desired`: first removals, then additions. Entries that stay lose no connection
-    /// attempt. What was removed is void at once for new connections; [`Self::destroy_flows`] ends those that live. Entries of
+    /// attempt. What is removed leads no new connection from the start of the call on; it waits
+    /// [`REMOVAL_GRACE`] for those that are just opening. [`Self::destroy_flows`] ends those that live. Entries of
     /// workloads that are not attached are left out.
     ///
     /// # Errors

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::SystemTime;
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use aya::maps::{HashMap, MapData, MapError};
 use culvert_ebpf_common::{self as raw, Address, MAX_INSTANCES};
@@ -12,6 +13,9 @@ use super::revoke::FlowEnds;
 
 /// Two ends of certificates that lie closer than this are one: the calendar's clock is moved in small steps.
 const EXPIRY_TOLERANCE: u64 = 2_000_000_000;
+
+/// Between the end of an entry for new connections and for those that are just opening; longer than a SYN is on its way.
+pub const REMOVAL_GRACE: Duration = Duration::from_millis(25);
 
 /// Who connects where.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -141,14 +145,14 @@ pub(super) fn apply(
         .filter_map(|(key, wanted)| Some((raw_key(*cookies.get(&key.workload)?, key.address), wanted)))
         .collect();
     let workloads: BTreeMap<u64, u32> = cookies.iter().map(|(workload, cookie)| (*cookie, *workload)).collect();
+    let stays = |key: &raw::UpstreamKey, entry: &raw::Upstream| {
+        desired.get(key).is_some_and(|wanted| wanted.service == entry.service)
+    };
     let present = table.iter().collect::<Result<Vec<_>, _>>()?;
+    let (kept, gone): (Vec<_>, Vec<_>) = present.into_iter().partition(|(key, entry)| stays(key, entry));
+    close(table, &gone)?;
     let mut applied = Applied::default();
-    let mut kept = std::collections::HashMap::new();
-    for (key, entry) in present {
-        if desired.get(&key).is_some_and(|wanted| wanted.service == entry.service) {
-            kept.insert(key, entry);
-            continue;
-        }
+    for (key, entry) in gone {
         table.remove(&key)?;
         // Of a workload that is not attached any more nothing lives.
         if let Some(workload) = workloads.get(&key.netns_cookie) {
@@ -157,6 +161,7 @@ pub(super) fn apply(
             applied.removed.push(Removed { key, upstream: Upstream::from_raw(&entry) });
         }
     }
+    let kept: std::collections::HashMap<_, _> = kept.into_iter().collect();
     for (key, wanted) in desired {
         match kept.get(&key) {
             None => {
@@ -173,6 +178,21 @@ pub(super) fn apply(
         }
     }
     Ok(applied)
+}
+
+/// Takes away the instances, so that no connection is led by these entries any more, and waits until SYNs that have left under them
+/// have arrived: without this a connection that was begun a moment ago would be refused, though it should only have gone another way.
+fn close(
+    table: &mut HashMap<MapData, raw::UpstreamKey, raw::Upstream>,
+    entries: &[(raw::UpstreamKey, raw::Upstream)],
+) -> Result<(), MapError> {
+    for (key, entry) in entries {
+        table.insert(key, raw::Upstream { count: 0, ..*entry }, 0)?;
+    }
+    if !entries.is_empty() {
+        thread::sleep(REMOVAL_GRACE);
+    }
+    Ok(())
 }
 
 fn raw_key(netns_cookie: u64, address: SocketAddr) -> raw::UpstreamKey {

@@ -72,7 +72,7 @@ impl Datapath {
             address4: links.addr4.into(),
             address6: links.addr6.map(Address::from).unwrap_or_default(),
             ifindex: links.host_ifindex,
-            mac: links.mac,
+            mac: links.mac.into(),
             reserved: [0; 6],
         };
         let ready = WORKLOAD_LOOKUP | WORKLOAD_GUARDED;

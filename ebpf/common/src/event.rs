@@ -18,6 +18,9 @@ pub enum EventKind {
     Spoofed = 5,
     /// An authorised connection found no listening socket of the application.
     NoListener = 6,
+    /// A connection was left to the worker because the table knows no listening socket of the instance. Tells of no failure: the
+    /// agent looks whether there is one.
+    Unlisted = 7,
 }
 
 impl EventKind {
@@ -31,6 +34,7 @@ impl EventKind {
             4 => Self::Refused,
             5 => Self::Spoofed,
             6 => Self::NoListener,
+            7 => Self::Unlisted,
             _ => return None,
         })
     }
@@ -92,6 +96,6 @@ mod tests {
             assert!(EventKind::from_number(number).is_none_or(|kind| kind as u32 == number));
         }
         assert_eq!(EventKind::from_number(6), Some(EventKind::NoListener));
-        assert_eq!(EventKind::from_number(7), None);
+        assert_eq!(EventKind::from_number(8), None);
     }
 }

@@ -123,6 +123,31 @@ pub const WORKLOAD_LOOKUP: u32 = 1;
 /// Both programs on the host's end of the veth are attached.
 pub const WORKLOAD_GUARDED: u32 = 2;
 
+/// A MAC address, as three halves of two bytes each in network order: so it lies in a frame, where nothing is aligned better.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub struct Mac {
+    /// Two bytes each, in the order of the wire.
+    pub halves: [u16; 3],
+}
+const _: () = assert!(size_of::<Mac>() == 6);
+
+impl Mac {
+    /// Are the two equal?
+    #[inline(always)]
+    #[must_use]
+    pub const fn same(&self, other: &Self) -> bool {
+        self.halves[0] == other.halves[0] && self.halves[1] == other.halves[1] && self.halves[2] == other.halves[2]
+    }
+}
+
+impl From<[u8; 6]> for Mac {
+    #[inline(always)]
+    fn from([a, b, c, d, e, f]: [u8; 6]) -> Self {
+        Self { halves: [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]), u16::from_ne_bytes([e, f])] }
+    }
+}
+
 /// A workload as the programs know it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
@@ -140,7 +165,7 @@ pub struct Workload {
     /// Interface index of the host's end of its veth.
     pub ifindex: u32,
     /// Its MAC address.
-    pub mac: [u8; 6],
+    pub mac: Mac,
     /// Zero.
     pub reserved: [u8; 6],
 }

@@ -157,7 +157,7 @@ fn reachable(source: &Workload, instance: &Instance, family: u8) -> Option<Addre
             source_port: 0,
             destination_port: instance.port,
         };
-        tell::packet(EventKind::NoListener, &flow, PROTOCOL_TCP, source.id, workload.id, workload.id);
+        tell::packet(EventKind::Unlisted, &flow, PROTOCOL_TCP, source.id, workload.id, workload.id);
         return None;
     }
     Some(address)

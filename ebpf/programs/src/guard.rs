@@ -1,19 +1,19 @@
 //! The guard at the host's end of a workload's veth.
 //!
 //! What leaves a workload must come from its own addresses: the direct path trusts source addresses, and so does every
-//! neighbour cache. What enters must not open anything that it has no leave for. A veth without an entry passes nothing.
+//! neighbour cache. What enters must not open anything that it has no leave for. A veth without an entry lets nothing out, and
+//! nothing in but what goes on already.
 
 use aya_ebpf::programs::TcContext;
 use culvert_ebpf_common::event::{PROTOCOL_TCP, PROTOCOL_UDP};
-use culvert_ebpf_common::{Address, Admission, Arrival, EventKind, FlowKey, Source, WORKLOAD_LOOKUP, Workload, admit};
+use culvert_ebpf_common::{
+    Address, Admission, Arrival, EventKind, FlowKey, Mac, Source, WORKLOAD_LOOKUP, Workload, admit,
+};
 
-use crate::packet::{Arp, ETHERTYPE_ARP, Ethernet, ICMPV6, Packet};
+use crate::packet::{Arp, ETHERTYPE_ARP, Ethernet, ICMPV6, Packet, is_plain_segment, opens};
 use crate::tables::{authorised, field, port_kind, workload_by_address, workload_by_interface};
 use crate::tell;
 
-/// Flags of a TCP header.
-const SYN: u8 = 0x02;
-const ACK: u8 = 0x10;
 /// Options of a neighbour discovery message that are looked at; no honest one has more.
 const MAX_OPTIONS: u32 = 4;
 
@@ -23,17 +23,14 @@ pub fn from_workload(ctx: &TcContext) -> bool {
     let Some(workload) = workload_by_interface(field!(ctx.skb.skb, ifindex)) else { return false };
     let Some(ethernet) = Ethernet::read(ctx) else { return false };
     let kind = ethernet.kind();
-    let own_mac = same_mac(&ethernet.source, &workload.mac);
+    let own_mac = ethernet.source.same(&workload.mac);
     if field!(ctx.skb.skb, vlan_present) != 0 {
         return spoofed(workload, &nothing(), kind);
     }
     if kind == ETHERTYPE_ARP {
         let Some(arp) = Arp::read(ctx) else { return spoofed(workload, &nothing(), kind) };
         let sender = arp.sender();
-        if own_mac
-            && same_mac(&arp.sender_mac, &workload.mac)
-            && (sender.same(&workload.address4) || sender.words[3] == 0)
-        {
+        if own_mac && arp.sender_mac.same(&workload.mac) && (sender.same(&workload.address4) || sender.words[3] == 0) {
             return true;
         }
         return spoofed(workload, &FlowKey { source: sender, destination: arp.target(), ..nothing() }, kind);
@@ -51,6 +48,9 @@ pub fn from_workload(ctx: &TcContext) -> bool {
 /// A packet to the workload: may it pass?
 #[inline(always)]
 pub fn to_workload(ctx: &TcContext) -> bool {
+    if is_plain_segment(ctx) {
+        return true;
+    }
     let Some(workload) = workload_by_interface(field!(ctx.skb.skb, ifindex)) else { return false };
     let Some(ethernet) = Ethernet::read(ctx) else { return false };
     if field!(ctx.skb.skb, vlan_present) != 0 {
@@ -72,8 +72,8 @@ pub fn to_workload(ctx: &TcContext) -> bool {
     }
     if packet.protocol == PROTOCOL_TCP {
         let Ok(flags) = ctx.load::<u8>(packet.transport + 13) else { return false };
-        // Only a SYN opens something. What belongs to no connection is refused by the lookup.
-        if flags & (SYN | ACK) != SYN {
+        // What belongs to no connection is refused by the lookup.
+        if !opens(flags) {
             return true;
         }
     }
@@ -162,7 +162,7 @@ fn options_are_own(ctx: &TcContext, workload: &Workload, start: usize) -> bool {
         let Ok(option) = ctx.load::<[u8; 8]>(at) else { return true };
         let (kind, length) = (option[0], usize::from(option[1]) * 8);
         let mac = [option[2], option[3], option[4], option[5], option[6], option[7]];
-        if length == 0 || (kind == 1 || kind == 2) && !(length == 8 && same_mac(&mac, &workload.mac)) {
+        if length == 0 || (kind == 1 || kind == 2) && !(length == 8 && Mac::from(mac).same(&workload.mac)) {
             return false;
         }
         at += length;
@@ -190,14 +190,4 @@ fn spoofed(workload: &Workload, flow: &FlowKey, protocol: u16) -> bool {
 fn nothing() -> FlowKey {
     let unspecified = Address { words: [0; 4] };
     FlowKey { source: unspecified, destination: unspecified, source_port: 0, destination_port: 0 }
-}
-
-#[inline(always)]
-fn same_mac(one: &[u8; 6], other: &[u8; 6]) -> bool {
-    one[0] == other[0]
-        && one[1] == other[1]
-        && one[2] == other[2]
-        && one[3] == other[3]
-        && one[4] == other[4]
-        && one[5] == other[5]
 }

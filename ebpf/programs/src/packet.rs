@@ -1,7 +1,7 @@
 //! Reading packets at the veth: Ethernet, ARP, IPv4, IPv6 with its extension headers. Whatever cannot be read is none.
 
 use aya_ebpf::programs::TcContext;
-use culvert_ebpf_common::{Address, FlowKey};
+use culvert_ebpf_common::{Address, FlowKey, Mac};
 
 pub const ETHERTYPE_IPV4: u16 = 0x0800;
 pub const ETHERTYPE_ARP: u16 = 0x0806;
@@ -13,12 +13,12 @@ const ETHERNET: usize = 14;
 /// Extension headers that are walked; RFC 8200 §4.1 knows of six in a sane packet.
 const MAX_EXTENSIONS: u32 = 6;
 
-/// Ethernet header.
+/// Ethernet header. This and the following are aligned to two bytes, like everything in a frame.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Ethernet {
-    pub destination: [u8; 6],
-    pub source: [u8; 6],
+    destination: Mac,
+    pub source: Mac,
     /// Network order.
     kind: u16,
 }
@@ -32,9 +32,9 @@ pub struct Arp {
     hardware_length: u8,
     protocol_length: u8,
     operation: u16,
-    pub sender_mac: [u8; 6],
+    pub sender_mac: Mac,
     sender_ip: [u16; 2],
-    target_mac: [u8; 6],
+    target_mac: Mac,
     target_ip: [u16; 2],
 }
 
@@ -49,19 +49,88 @@ struct Ipv4 {
     ttl: u8,
     protocol: u8,
     checksum: u16,
-    source: u32,
-    destination: u32,
+    source: [u16; 2],
+    destination: [u16; 2],
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Ipv6 {
-    version: u32,
+    version: u8,
+    flow_label: [u8; 3],
     payload_length: u16,
     next: u8,
     hops: u8,
-    source: [u32; 4],
-    destination: [u32; 4],
+    source: [u16; 8],
+    destination: [u16; 8],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Tcp {
+    ports: [u16; 2],
+    numbers: [u16; 4],
+    offset: u8,
+    flags: u8,
+}
+
+/// Flags of a TCP header.
+const SYN: u8 = 0x02;
+const ACK: u8 = 0x10;
+
+/// Is this a segment of TCP over IP, without options or extensions, that opens nothing? What goes on all the time, recognised at
+/// little cost.
+#[inline(always)]
+pub fn is_plain_segment(ctx: &TcContext) -> bool {
+    let Some(ethernet) = peek::<Ethernet>(ctx, 0) else { return false };
+    let transport = match ethernet.kind() {
+        ETHERTYPE_IPV4 => {
+            let Some(header) = peek::<Ipv4>(ctx, ETHERNET) else { return false };
+            let plain = header.version_and_length == 0x45
+                && header.protocol == 6
+                && u16::from_be(header.fragment) & 0x3fff == 0;
+            if !plain {
+                return false;
+            }
+            peek::<Tcp>(ctx, ETHERNET + size_of::<Ipv4>())
+        }
+        ETHERTYPE_IPV6 => {
+            let Some(header) = peek::<Ipv6>(ctx, ETHERNET) else { return false };
+            if header.version >> 4 != 6 || header.next != 6 {
+                return false;
+            }
+            peek::<Tcp>(ctx, ETHERNET + size_of::<Ipv6>())
+        }
+        _ => return false,
+    };
+    transport.is_some_and(|header| !opens(header.flags))
+}
+
+/// Does a segment with these flags open a connection?
+#[inline(always)]
+pub fn opens(flags: u8) -> bool {
+    flags & (SYN | ACK) == SYN
+}
+
+/// What lies at `offset`, if that part of the frame can be read in place: the headers of a frame made on this node always can.
+#[inline(always)]
+fn peek<T: Copy>(ctx: &TcContext, offset: usize) -> Option<T> {
+    let at = ctx.data() + offset;
+    if at + size_of::<T>() > ctx.data_end() {
+        return None;
+    }
+    // SAFETY: inside the frame, as just checked; every bit pattern is valid in the types of this file, and their alignment is
+    // two, as a frame's.
+    Some(unsafe { *(at as *const T) })
+}
+
+/// What lies at `offset`, read in place or fetched.
+#[inline(always)]
+fn read<T: Copy>(ctx: &TcContext, offset: usize) -> Option<T> {
+    match peek(ctx, offset) {
+        Some(found) => Some(found),
+        None => ctx.load(offset).ok(),
+    }
 }
 
 /// An IP packet.
@@ -83,7 +152,7 @@ impl Ethernet {
     /// The Ethernet header.
     #[inline(always)]
     pub fn read(ctx: &TcContext) -> Option<Self> {
-        ctx.load(0).ok()
+        read(ctx, 0)
     }
 
     /// The Ethernet type, in host order.
@@ -97,7 +166,7 @@ impl Arp {
     /// An ARP packet of the one kind there is on Ethernet.
     #[inline(always)]
     pub fn read(ctx: &TcContext) -> Option<Self> {
-        let arp: Self = ctx.load(ETHERNET).ok()?;
+        let arp: Self = read(ctx, ETHERNET)?;
         let usual = arp.hardware == 1_u16.to_be()
             && arp.protocol == ETHERTYPE_IPV4.to_be()
             && arp.hardware_length == 6
@@ -123,6 +192,16 @@ fn word(halves: [u16; 2]) -> u32 {
     u32::from(halves[0]) | u32::from(halves[1]) << 16
 }
 
+#[inline(always)]
+fn words(halves: [u16; 8]) -> Address {
+    Address::v6([
+        word([halves[0], halves[1]]),
+        word([halves[2], halves[3]]),
+        word([halves[4], halves[5]]),
+        word([halves[6], halves[7]]),
+    ])
+}
+
 impl Packet {
     /// The IP packet in a frame of type `kind`.
     #[inline(always)]
@@ -136,14 +215,14 @@ impl Packet {
 
     #[inline(always)]
     fn read_v4(ctx: &TcContext) -> Option<Self> {
-        let header: Ipv4 = ctx.load(ETHERNET).ok()?;
+        let header: Ipv4 = read(ctx, ETHERNET)?;
         let length = usize::from(header.version_and_length & 0xf) * 4;
         if header.version_and_length >> 4 != 4 || length < size_of::<Ipv4>() {
             return None;
         }
         let fragment = u16::from_be(header.fragment);
         Some(Self {
-            flow: flow(Address::v4(header.source), Address::v4(header.destination)),
+            flow: flow(Address::v4(word(header.source)), Address::v4(word(header.destination))),
             protocol: u16::from(header.protocol),
             transport: ETHERNET + length,
             later_fragment: fragment & 0x1fff != 0,
@@ -153,11 +232,11 @@ impl Packet {
 
     #[inline(always)]
     fn read_v6(ctx: &TcContext) -> Option<Self> {
-        let header: Ipv6 = ctx.load(ETHERNET).ok()?;
-        if header.version.to_be() >> 28 != 6 {
+        let header: Ipv6 = read(ctx, ETHERNET)?;
+        if header.version >> 4 != 6 {
             return None;
         }
-        let (source, destination) = (Address::v6(header.source), Address::v6(header.destination));
+        let (source, destination) = (words(header.source), words(header.destination));
         // On the wire these are forbidden (RFC 4291 §2.5.5.2), and in our tables they mean IPv4.
         if source.is_v4() || destination.is_v4() {
             return None;
