@@ -68,7 +68,11 @@ fn rustflags(toolchain: &Toolchain) -> Vec<String> {
         .map(PathBuf::from)
         .or_else(|| std::env::home_dir().map(|home| home.join(".cargo")));
     let mut flags = vec!["-Cdebuginfo=2".to_owned(), "-Clink-arg=--btf".to_owned(), remap(&root(), "culvert")];
-    flags.extend(cargo_home.map(|home| remap(&home, "cargo")));
+    flags.extend(cargo_home.iter().map(|home| remap(home, "cargo")));
+    // Each registry's folder is named after its host; the last matching prefix wins.
+    let registries =
+        cargo_home.into_iter().flat_map(|home| fs::read_dir(home.join("registry/src")).into_iter().flatten());
+    flags.extend(registries.flatten().map(|registry| remap(&registry.path(), "crates")));
     flags.push(remap(toolchain.sysroot(), "rust"));
     flags
 }
