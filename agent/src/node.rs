@@ -132,7 +132,7 @@ async fn serve(
     };
     let network = Arc::new(Network::open(network).await.context("workload network")?);
     network.warnings().iter().for_each(|warning| warn!("{warning}"));
-    let (datapath, kernel_events) = load_datapath(&settings, &routes_state);
+    let (datapath, kernel_events) = load_datapath(&settings, &routes_state)?;
     let policy = PolicyEngine::new(datapath, control.mesh());
     tokio::spawn(Arc::clone(&policy).run());
     if let Some(events) = kernel_events {
@@ -227,7 +227,7 @@ fn reloadable(settings: &Settings) -> Reloadable {
 fn load_datapath(
     settings: &Settings,
     state: &RouteState,
-) -> (Option<Datapath>, Option<mpsc::Receiver<crate::datapath::KernelEvent>>) {
+) -> anyhow::Result<(Option<Datapath>, Option<mpsc::Receiver<crate::datapath::KernelEvent>>)> {
     let loaded = if settings.ebpf.enabled {
         unified_root().map_err(|error| format!("cgroup2: {error}")).and_then(|root| {
             let config = DatapathConfig::new(settings.ebpf.bpf_dir.clone(), root.join(&settings.cgroup_parent));
@@ -239,12 +239,15 @@ fn load_datapath(
     match loaded {
         Ok((datapath, events)) => {
             drop(state.ebpf.set(None));
-            (Some(datapath), Some(events))
+            Ok((Some(datapath), Some(events)))
         }
         Err(reason) => {
             warn!(reason, "no eBPF: every mesh connection takes the proxied path");
             drop(state.ebpf.set(Some(reason)));
-            (None, None)
+            // Programs of an earlier agent would go on letting through what it allowed.
+            Datapath::remove_leftovers(&settings.ebpf.bpf_dir)
+                .context("remove the kernel programs of an earlier agent")?;
+            Ok((None, None))
         }
     }
 }

@@ -15,6 +15,8 @@ use crate::datapath::{Datapath, FlowEnds, Instance, PortKind, Upstream, Upstream
 use crate::report::chain;
 use crate::workload::Workload;
 
+/// Pause before what failed is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
 /// Looks again at least this often, even without a change.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
@@ -90,8 +92,8 @@ impl PolicyEngine {
         let mut mesh = self.mesh.clone();
         loop {
             let view = mesh.borrow_and_update().clone();
-            self.inner.lock().await.reconcile(&view);
-            let look_again = self.next_end().await;
+            let settled = self.inner.lock().await.reconcile(&view);
+            let look_again = if settled { self.next_end().await } else { TRY_AGAIN };
             tokio::select! {
                 changed = mesh.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(look_again) => {}
@@ -214,9 +216,7 @@ impl Inner {
     fn detach(&mut self, id: u32, view: &MeshView) {
         self.awaited.remove(&id);
         self.expected.retain(|_, (workload, _)| *workload != id);
-        if self.attached.remove(&id).is_none() {
-            return;
-        }
+        self.attached.remove(&id);
         self.reconcile(view);
         if let Some(datapath) = &mut self.datapath
             && let Err(error) = datapath.detach(id)
@@ -240,18 +240,24 @@ impl Inner {
     }
 
     /// Makes the kernel's routes those that hold now, removals first; then ends live connections that are denied now.
-    fn reconcile(&mut self, view: &MeshView) {
-        let Some(datapath) = &mut self.datapath else { return };
+    ///
+    /// `false` when something has to be tried again.
+    fn reconcile(&mut self, view: &MeshView) -> bool {
+        let Some(datapath) = &mut self.datapath else { return true };
+        let mut settled = true;
         let workloads: Vec<AttachedWorkload> = self.attached.values().map(Attached::workload).collect();
         let desired = compile(view, &workloads, SystemTime::now());
         if self.routes.as_ref() != Some(&desired) {
             let entries = entries(&desired, &mut self.pairs);
-            if let Err(error) = datapath.apply(&entries) {
-                // Removals come first, so what is in force is never more than what is allowed.
-                error!(error = chain(&error), "kernel routes are not up to date; trying again");
-                return;
-            }
-            self.routes = Some(desired);
+            self.routes = match datapath.apply(&entries) {
+                Ok(_) => Some(desired),
+                Err(error) => {
+                    // Removals come first: what is in force is not more than what is allowed. What is denied is ended all the same.
+                    error!(error = chain(&error), "kernel routes are not up to date; trying again");
+                    settled = false;
+                    None
+                }
+            };
         }
         let denied = denied(view, &workloads);
         // Also pairs that this agent sees for the first time: connections of its predecessor may live there.
@@ -262,11 +268,12 @@ impl Inner {
                 Ok(count) => info!(count, "ended live direct connections that are denied now"),
                 Err(error) => {
                     error!(error = chain(&error), "live direct connections are not all ended; trying again");
-                    return;
+                    return false;
                 }
             }
         }
         self.denied = denied;
+        settled
     }
 }
 

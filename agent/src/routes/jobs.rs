@@ -17,7 +17,7 @@ use culvert_jobspec::Job;
 use culvert_types::ServiceIdentity;
 
 use super::{Failure, RouteState};
-use crate::runner::{AllocationView, JobRecord, ServiceView, SubmitError, TaskView};
+use crate::runner::{AllocationView, JobRecord, Runner, ServiceView, SubmitError, TaskView};
 
 fn refused(message: impl std::fmt::Display) -> Failure {
     Failure(StatusCode::BAD_REQUEST, message.to_string())
@@ -35,6 +35,7 @@ impl From<SubmitError> for Failure {
         let status = match &error {
             SubmitError::UnknownJob(_) => StatusCode::NOT_FOUND,
             SubmitError::Record(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            SubmitError::Leaving => StatusCode::SERVICE_UNAVAILABLE,
             SubmitError::NotRunnable(_) | SubmitError::Datacenter { .. } | SubmitError::Port(_) => {
                 StatusCode::BAD_REQUEST
             }
@@ -47,7 +48,8 @@ impl From<SubmitError> for Failure {
 pub(super) async fn submit(State(state): State<Arc<RouteState>>, body: Bytes) -> Result<Json<JobSubmitted>, Failure> {
     let (_, job) = read(&body)?;
     let id = job.id.clone();
-    let submitted = state.node()?.runner.submit(job).await?;
+    let runner = Arc::clone(&state.node()?.runner);
+    let submitted = detached(&state.node()?.runner, async move { runner.submit(job).await }).await?;
     let (version, created) = (submitted.version, submitted.created);
     Ok(Json(JobSubmitted { id, version, created, stopped: submitted.stopped, kept: submitted.kept }))
 }
@@ -107,7 +109,20 @@ pub(super) async fn stop(
         Some("" | "true") => true,
         Some(other) => return Err(refused(format_args!("Invalid value for purge: {other:?}"))),
     };
-    Ok(Json(JobStopped { stopped: state.node()?.runner.stop(&id, purge).await? }))
+    let runner = Arc::clone(&state.node()?.runner);
+    let stopped = detached(&state.node()?.runner, async move { runner.stop(&id, purge).await }).await?;
+    Ok(Json(JobStopped { stopped }))
+}
+
+/// Does `work` on the node's own threads and to its end, also when the client goes away: a job must not be left half changed.
+async fn detached<T: Send + 'static>(
+    runner: &Runner,
+    work: impl Future<Output = Result<T, SubmitError>> + Send + 'static,
+) -> Result<T, Failure> {
+    match runner.runtime().spawn(work).await {
+        Ok(result) => Ok(result?),
+        Err(error) => Err(Failure(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+    }
 }
 
 /// Nomad's word for a job: pending until something runs, dead when it is stopped or everything failed.

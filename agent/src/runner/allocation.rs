@@ -6,8 +6,9 @@
 //! idempotent: taking over an allocation after the agent was killed is the same way up, and a step that failed is tried
 //! again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,8 +24,8 @@ use super::tasks::{TaskLife, TaskState, TaskView};
 use super::{NodeServices, RunError};
 use crate::policy::Attachment;
 use crate::report::chain;
+use crate::task::{Adoption, Hierarchies, Signal, adopt, find_record, kill_and_remove, task_owner};
 use crate::task::{AllocDir, Driver, ExecutorCommand, LogSettings, Resources, RestartMode, RestartPolicy, TaskSpec};
-use crate::task::{Signal, task_owner};
 use crate::worker::Served;
 use crate::workload::{AllocId, PortMap, Workload};
 
@@ -168,6 +169,11 @@ impl Allocation {
         // Known before the first is registered: whatever happens on the way, all of them are deregistered in the end.
         let planned = registrations.iter().map(ServiceView::planned).collect();
         self.view.send_modify(|view| view.services = planned);
+        // Before the first check runs: its requests are for the workload, never for the host.
+        for registration in &registrations {
+            self.node.netns.insert(&registration.service_id, &workload.netns, false);
+            registration.sidecar_id.iter().for_each(|sidecar| self.node.netns.insert(sidecar, &workload.netns, true));
+        }
         self.attach(&workload, &registrations).await?;
         self.node.network.publish(&self.id, &self.port_maps(group, None)).await?;
         let services = self.register(&registrations).await?;
@@ -269,8 +275,6 @@ impl Allocation {
             let (Some(proxy), Some(inbound_port)) = (service.sidecar_id.clone(), service.sidecar_port) else {
                 continue;
             };
-            self.node.netns.insert(&registration.service_id, &workload.netns, false);
-            self.node.netns.insert(&proxy, &workload.netns, true);
             let (netns, upstreams) = (workload.netns.clone(), registration.upstreams.clone());
             let service = registration.service.clone();
             self.node.policy.expect_listener(&proxy, self.record.workload, inbound_port).await;
@@ -371,11 +375,13 @@ impl Allocation {
     }
 
     async fn take_down(&self, tasks: &TaskTracker, stop_tasks: &CancellationToken) {
+        // Read before they are gone from the catalog.
+        let sidecars = self.sidecars();
         self.deregister().await;
         stop_tasks.cancel();
         tasks.close();
         tasks.wait().await;
-        let sidecars: Vec<String> = self.sidecars();
+        self.end_strays().await;
         futures::future::join_all(sidecars.iter().map(|sidecar| self.node.worker.stop(sidecar, DRAIN))).await;
         self.node.policy.detach(self.record.workload).await;
         for attempt in 1..=REMOVE_ATTEMPTS {
@@ -388,14 +394,33 @@ impl Allocation {
         self.view.send_modify(|view| view.status = AllocationStatus::Complete);
     }
 
-    fn sidecars(&self) -> Vec<String> {
-        self.view.borrow().services.iter().filter_map(|service| service.sidecar_id.clone()).collect()
+    /// Ends tasks that an earlier agent started and that were not taken over, because the allocation stops before it came up.
+    async fn end_strays(&self) {
+        let Ok(group) = self.group() else { return };
+        for task in &group.tasks {
+            let dirs = AllocDir::new(&self.node.data_dir, &self.id).task(&task.name);
+            let Ok(Some(record)) = find_record(&dirs.task) else { continue };
+            let Ok(Adoption::Running(running)) = adopt(record).await else { continue };
+            let signal = task.kill_signal.parse().unwrap_or(Signal::INT);
+            if let Err(error) = running.kill(signal, task.kill_timeout).await {
+                warn!(alloc = %self.id, task = task.name, %error, "how a task of an earlier agent ended is not known");
+            }
+        }
+    }
+
+    /// Its sidecars: those of this life, and what an earlier one left in the catalog.
+    fn sidecars(&self) -> BTreeSet<String> {
+        let left = self.node.left_in_catalog(&self.id).into_iter().map(|(_, sidecar)| sidecar);
+        let view = self.view.borrow();
+        view.services.iter().filter_map(|service| service.sidecar_id.clone()).chain(left).collect()
     }
 
     async fn deregister(&self) {
-        let services: Vec<ServiceView> = self.view.borrow().services.clone();
+        let left = self.node.left_in_catalog(&self.id).into_iter().map(|(service, _)| service);
+        let mut services: BTreeSet<String> = left.collect();
+        services.extend(self.view.borrow().services.iter().map(|service| service.service_id.clone()));
         for service in services {
-            self.node.deregister(&service.service_id).await;
+            self.node.deregister(&service).await;
         }
     }
 
@@ -410,7 +435,12 @@ impl Allocation {
         self.node.network.remove(&self.id).await?;
         self.forget_homes();
         let dir = AllocDir::new(&self.node.data_dir, &self.id);
-        tokio::task::spawn_blocking(move || dir.destroy()).await.map_err(RunError::Aborted)??;
+        let cgroup = Path::new(&self.node.cgroup_parent).join(self.id.as_str());
+        let demolish = move || -> Result<(), RunError> {
+            kill_and_remove(&Hierarchies::find()?, &cgroup)?;
+            Ok(dir.destroy()?)
+        };
+        tokio::task::spawn_blocking(demolish).await.map_err(RunError::Aborted)??;
         Ok(self.node.records.remove_allocation(&self.id)?)
     }
 }

@@ -52,6 +52,9 @@ pub enum SubmitError {
     /// The record could not be written.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// The agent is leaving.
+    #[error("the agent is leaving this node; no job is run any more")]
+    Leaving,
     /// No such job.
     #[error("no job {0:?}")]
     UnknownJob(String),
@@ -79,8 +82,8 @@ struct Live {
 /// The runner.
 pub struct Runner {
     node: Arc<NodeServices>,
-    /// One submission at a time.
-    submitting: tokio::sync::Mutex<()>,
+    /// One submission at a time; `true` once the agent leaves.
+    submitting: tokio::sync::Mutex<bool>,
     jobs: Mutex<BTreeMap<String, JobRecord>>,
     live: Mutex<BTreeMap<String, Live>>,
 }
@@ -91,14 +94,15 @@ impl Runner {
     pub fn start(node: Arc<NodeServices>) -> Arc<Self> {
         let jobs = node.records.jobs().into_iter().map(|record| (record.job.id.clone(), record)).collect();
         let runner = Arc::new(Self {
-            submitting: tokio::sync::Mutex::new(()),
+            submitting: tokio::sync::Mutex::new(false),
             jobs: Mutex::new(jobs),
             live: Mutex::new(BTreeMap::new()),
             node,
         });
         for record in runner.node.records.allocations() {
-            let stopping = record.stopping;
-            let id = record.id.clone();
+            // An agent that was killed between two writes: the job's own record says what was wanted.
+            let unwanted = runner.job(&record.job.id).is_none_or(|job| job.stopped);
+            let (stopping, id) = (record.stopping || unwanted, record.id.clone());
             if runner.launch(record) && stopping {
                 runner.stop_allocation(&id);
             }
@@ -111,7 +115,10 @@ impl Runner {
     /// # Errors
     /// [`SubmitError`]; nothing has changed then.
     pub async fn submit(&self, job: Job) -> Result<Submitted, SubmitError> {
-        let _one_at_a_time = self.submitting.lock().await;
+        let leaving = self.submitting.lock().await;
+        if *leaving {
+            return Err(SubmitError::Leaving);
+        }
         culvert_jobspec::check_runnable(&job).map_err(SubmitError::NotRunnable)?;
         let here = self.node.context.datacenter.clone();
         if !job.runs_in(&here) {
@@ -161,7 +168,8 @@ impl Runner {
 
     /// Stops everything on this node.
     pub async fn stop_all(&self) {
-        let _one_at_a_time = self.submitting.lock().await;
+        let mut leaving = self.submitting.lock().await;
+        *leaving = true;
         let all: Vec<String> = self.live.lock().keys().cloned().collect();
         self.stop_and_wait(&all).await;
         for id in self.jobs.lock().keys() {
@@ -169,6 +177,11 @@ impl Runner {
                 tracing::warn!(%error, "a job's record stays");
             }
         }
+    }
+
+    /// Threads with the rights that allocations need.
+    pub(crate) fn runtime(&self) -> &tokio::runtime::Handle {
+        &self.node.runtime
     }
 
     /// Every job.
@@ -205,7 +218,8 @@ impl Runner {
             let record = view.record;
             let in_count = job.group(&record.group).is_some_and(|group| record.index < group.count);
             let change = culvert_jobspec::group_change(&record.job, job, &record.group);
-            let stays = view.status != AllocationStatus::Failed && in_count && change == Change::Nothing;
+            let lives = !matches!(view.status, AllocationStatus::Failed | AllocationStatus::Complete);
+            let stays = lives && !record.stopping && in_count && change == Change::Nothing;
             if stays { kept.push((record.id, record.group, record.index)) } else { stop.push(record.id) }
         }
         (kept, stop)
@@ -219,7 +233,9 @@ impl Runner {
         stop: &[String],
     ) -> Result<Vec<AllocationRecord>, SubmitError> {
         let mut others: Vec<AllocationRecord> = self.views().into_iter().map(|view| view.record).collect();
-        // Numbers of stopping ones stay taken until they are gone; their ports are free by then.
+        // A number is free when the record is gone, which goes last. Ports of stopping ones are free before they are needed.
+        let mut numbers: Vec<u32> = others.iter().map(|record| record.workload).collect();
+        numbers.extend(self.node.records.allocations().iter().map(|record| record.workload));
         let mut planned = Vec::new();
         for group in &job.groups {
             for index in 0..group.count {
@@ -229,7 +245,7 @@ impl Runner {
                 let used = others.iter().filter(|record| !stop.contains(&record.id));
                 let record = AllocationRecord {
                     id: AllocId::random().to_string(),
-                    workload: free_number(others.iter().map(|record| record.workload)),
+                    workload: free_number(&numbers),
                     ports: ports::bind(&group.network, used.flat_map(|record| record.ports.values()))?,
                     job: job.clone(),
                     job_version,
@@ -239,6 +255,7 @@ impl Runner {
                     created: now(),
                     stopping: false,
                 };
+                numbers.push(record.workload);
                 others.push(record.clone());
                 planned.push(record);
             }
@@ -291,8 +308,7 @@ impl Runner {
 }
 
 /// The smallest number from 1 that is not taken.
-fn free_number(taken: impl Iterator<Item = u32>) -> u32 {
-    let taken: std::collections::BTreeSet<u32> = taken.collect();
+fn free_number(taken: &[u32]) -> u32 {
     (1..).find(|number| !taken.contains(number)).unwrap_or(u32::MAX)
 }
 

@@ -21,9 +21,9 @@ use super::records::{RecordError, Records};
 use super::registration::RegistrationError;
 use crate::policy::PolicyEngine;
 use crate::report::chain;
-use crate::task::{DirError, StartError, UnknownSignal};
+use crate::task::{CgroupError, DirError, StartError, UnknownSignal};
 use crate::worker::{NotReady, WorkerHandle};
-use crate::workload::{self, Network, NetworkError};
+use crate::workload::{self, AllocId, Network, NetworkError};
 
 /// Why an allocation, or a part of it, does not come up.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +37,8 @@ pub enum RunError {
     Dir(#[from] DirError),
     #[error("network")]
     Network(#[from] NetworkError),
+    #[error("cgroups")]
+    Cgroup(#[from] CgroupError),
     #[error("kernel programs: {reason}")]
     Kernel { reason: String },
     #[error("environment")]
@@ -96,6 +98,15 @@ impl NodeServices {
         let body = ServiceRegistration::decode(text.as_bytes()).map_err(|error| refused(error.to_string()))?;
         let registered = self.control.register_service(body).await.map_err(|error| refused(error.to_string()))?;
         Ok(registered.sidecar_port)
+    }
+
+    /// Services and sidecars of an allocation that are in the catalog.
+    pub(super) fn left_in_catalog(&self, id: &AllocId) -> Vec<(String, String)> {
+        let prefix = format!("_culvert-task-{id}-");
+        let mesh = self.control.mesh();
+        let view = mesh.borrow();
+        let own = view.instances.iter().filter(|instance| instance.service_id.starts_with(&prefix));
+        own.map(|instance| (instance.service_id.clone(), instance.sidecar_id.clone())).collect()
     }
 
     /// Takes a service and its sidecar out of the catalog.

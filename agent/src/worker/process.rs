@@ -52,11 +52,14 @@ impl Worker {
                 Some(Self { control, process, child: None })
             }
             Ok(Err(error)) => {
-                warn!(%error, pid = process.pid, "cannot take over the running worker; it will drain");
+                warn!(%error, pid = process.pid, "cannot take over the running worker; it is ended");
+                end_unreachable(&process);
                 None
             }
             Err(_) => {
-                warn!(pid = process.pid, "the recorded worker lives but does not call; it will drain");
+                // Left alone it would judge by an old policy, and hold the listeners that its successor needs.
+                warn!(pid = process.pid, "the recorded worker lives but does not call; it is ended");
+                end_unreachable(&process);
                 None
             }
         }
@@ -65,7 +68,7 @@ impl Worker {
     /// Starts a new worker from this very binary.
     pub(super) fn start(settings: &WorkerSettings) -> io::Result<Self> {
         let (control, for_worker) = ControlSocket::pair()?;
-        let child = tokio::process::Command::new("/proc/self/exe")
+        let mut child = tokio::process::Command::new("/proc/self/exe")
             .arg("worker")
             .env_clear()
             .env("RUST_LOG", &settings.log)
@@ -74,8 +77,18 @@ impl Worker {
             .process_group(0) // a Ctrl-C at the terminal is for the agent, which drains the worker
             .spawn()?;
         let pid = child.id().ok_or_else(|| io::Error::other("the worker ended at once"))?;
-        let process = ProcessIdentity::of(pid)?;
-        write_record(&settings.data_dir, &process)?;
+        let recorded = ProcessIdentity::of(pid).and_then(|process| {
+            write_record(&settings.data_dir, &process)?;
+            Ok(process)
+        });
+        let process = match recorded {
+            Ok(process) => process,
+            Err(error) => {
+                // Without a record nobody would find it again.
+                child.start_kill()?;
+                return Err(error);
+            }
+        };
         info!(pid, "started the worker");
         Ok(Self { control, process, child: Some(child) })
     }
@@ -89,6 +102,12 @@ impl Worker {
         } else if let Err(error) = kill(&self.process) {
             warn!(%error, pid = self.process.pid, "cannot end the worker");
         }
+    }
+}
+
+fn end_unreachable(process: &ProcessIdentity) {
+    if let Err(error) = kill(process) {
+        warn!(%error, pid = process.pid, "cannot end the worker");
     }
 }
 

@@ -106,9 +106,9 @@ impl Sockets {
 }
 
 impl Entry {
-    /// The inbound port on any address, an upstream at exactly its own.
+    /// The inbound port on all addresses at once, an upstream at exactly its own.
     fn may_listen(&self, address: SocketAddr) -> bool {
-        address.port() == self.served.inbound_port
+        (address.port() == self.served.inbound_port && address.ip().is_unspecified())
             || self.served.upstreams.iter().any(|bind| same_listener(*bind, address))
     }
 }

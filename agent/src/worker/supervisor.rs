@@ -182,7 +182,9 @@ impl Supervisor {
         deadline: Duration,
         done: oneshot::Sender<()>,
     ) -> Result<(), ()> {
-        if self.sockets.get(&proxy).is_none() {
+        let brought = self.brought.iter().any(|(owner, ..)| *owner == proxy);
+        self.brought.retain(|(owner, ..)| *owner != proxy);
+        if self.sockets.get(&proxy).is_none() && !brought {
             tell(done);
             return Ok(());
         }
