@@ -45,6 +45,15 @@ fn given(pair: &Pair) -> Vec<FlowKey> {
     table::<FlowKey, Auth>(&pair.world, "AUTH").keys().map(|key| key.expect("a key")).collect()
 }
 
+fn stay_on_one_cpu() {
+    let ourselves = nix::unistd::Pid::from_raw(0);
+    let allowed = nix::sched::sched_getaffinity(ourselves).expect("CPUs");
+    let first = (0..nix::sched::CpuSet::count()).find(|cpu| allowed.is_set(*cpu).unwrap_or(false)).expect("a CPU");
+    let mut one = nix::sched::CpuSet::new();
+    one.set(first).expect("a CPU");
+    nix::sched::sched_setaffinity(ourselves, &one).expect("an allowed CPU");
+}
+
 fn outstanding(pair: &Pair) -> i64 {
     table::<u32, Quota>(&pair.world, "QUOTA").get(&pair.a.id, 0).expect("a quota").outstanding
 }
@@ -107,6 +116,8 @@ fn leave_expires() {
 
 #[test]
 fn leave_that_was_evicted_is_no_leave() {
+    // Each CPU first puts what it has made in a list of its own, where others do not evict it.
+    stay_on_one_cpu();
     let Some(pair) = Pair::new("evicted") else { return };
     let server = pair.b.serve("0.0.0.0:9001", "b");
     pair.settle_neighbours();
@@ -119,7 +130,8 @@ fn leave_that_was_evicted_is_no_leave() {
         assert!(number < 2_000_000, "never evicted");
         filler.source = Ipv4Addr::from(number).into();
         auth.insert(filler, Auth::default(), 0).expect("the least recently used makes room");
-        if number % 4096 == 0 && !given(&pair).contains(&ours) {
+        // Looking from here does not count as use.
+        if number % 256 == 0 && auth.get(&ours, 0).is_err() {
             break;
         }
     }

@@ -56,10 +56,15 @@ impl TcMode {
         if self == Self::Tcx {
             return Ok(());
         }
+        // Without the interface there are no filters; it may go at any moment, with its namespace.
         let Ok(interface) = interface_name(ifindex) else { return Ok(()) };
         for (_, _, _, side) in SIDES {
-            // Detached on drop; a filter that is not there is no error.
-            drop(SchedClassifierLink::attached(&interface, side, PRIORITY, HANDLE, None)?);
+            match SchedClassifierLink::attached(&interface, side, PRIORITY, HANDLE, None) {
+                // Detached on drop; a filter that is not there is no error.
+                Ok(filter) => drop(filter),
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }

@@ -20,7 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use culvert_agent::datapath::{
-    Datapath, DatapathConfig, FlowEnds, Instance, KernelEvent, PortKind, Upstream, UpstreamKey, WorkloadLinks,
+    Datapath, DatapathConfig, FlowEnds, Instance, KernelEvent, PortKind, TcMode, Upstream, UpstreamKey, WorkloadLinks,
     unified_root,
 };
 use nix::sched::{CloneFlags, setns};
@@ -468,7 +468,13 @@ impl Pair {
         BTreeMap::from([upstream(&self.a, upstream4(), &instances), upstream(&self.a, upstream6(), &instances)])
     }
 
-    /// Ids of the programs that are attached.
+    /// How many links hold programs: five on the cgroup, and per workload one in its namespace and two at its veth; without tcx
+    /// the latter are filters, not links.
+    pub fn links_expected(&self) -> usize {
+        5 + 2 * if self.datapath.tc_mode() == TcMode::Tcx { 3 } else { 1 }
+    }
+
+    /// Ids of the programs that links hold.
     pub fn program_ids(&self) -> Vec<u32> {
         let directory = generations(&self.world).pop().expect("a generation").join("links");
         let links = fs::read_dir(directory).expect("links").flatten();
