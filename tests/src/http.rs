@@ -44,7 +44,7 @@ fn exchange(address: &str, method: &str, path: &str, body: &str) -> anyhow::Resu
     let mut stream = TcpStream::connect_timeout(&address.parse()?, Duration::from_secs(3))?;
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
     let (length, host) = (body.len(), format!("host: {address}\r\nconnection: close"));
-    write!(stream, "{method} {path} HTTP/1.0\r\n{host}\r\ncontent-length: {length}\r\n\r\n{body}")?;
+    write!(stream, "{method} {path} HTTP/1.1\r\n{host}\r\ncontent-length: {length}\r\n\r\n{body}")?;
     let mut answer = Vec::new();
     let head = loop {
         let mut piece = [0; 8192];

@@ -177,8 +177,13 @@ impl Node {
 
     /// Runs the countdash example.
     pub fn run_countdash(&self) {
-        let bin = binary("counter-api");
-        let variable = format!("bin={}", bin.parent().expect("a folder").display());
+        // A sandboxed task has a /tmp of its own, where the workspace may lie: its programs run from this world's /run.
+        let bin = self.folder.join("bin");
+        std::fs::create_dir_all(&bin).expect("a folder");
+        for program in ["counter-api", "counter-dashboard"] {
+            std::fs::copy(binary(program), bin.join(program)).expect("copy a program");
+        }
+        let variable = format!("bin={}", bin.display());
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/countdash.nomad.hcl");
         self.culvert(&["job", "run", "-var", &variable, &file.to_string_lossy()]);
     }

@@ -338,8 +338,8 @@ fn services_use_nomads_words() {
     case(
         "        sidecar_service {",
         "        sidecar_service {\n port = \"nope\"",
-        "port label \"nope\" referenced by services web does not exist",
-        "\"nope\"",
+        "\"port\" in \"sidecar_service\" is not supported by culvert yet",
+        "port",
     );
     case(
         "local_bind_port",
