@@ -416,13 +416,11 @@ fn a_deleted_workload_leaves_nothing() {
     let Pair { mut datapath, events, a, b, mut world } = pair;
     drop((stream, server, worker));
     let (first, second) = (a.id, b.id);
-    let (veth_a, veth_b) = (format!("/sys/class/net/v{first}"), format!("/sys/class/net/v{second}"));
     world.delete(a);
     world.delete(b);
-    eventually("the namespaces are gone", || {
-        !common::output("ip", &["link", "show"]).contains("@if")
-            && !fs::exists(&veth_a).unwrap_or(true)
-            && !fs::exists(&veth_b).unwrap_or(true)
+    eventually("the veths went with the namespaces", || {
+        let links = common::output("ip", &["-o", "link", "show"]);
+        links.contains("br0") && !links.contains(" v1@") && !links.contains(" v2@")
     });
     assert_eq!(datapath.retain(&[]).expect("detached"), [first, second]);
     assert_tables_are_empty(&world);
