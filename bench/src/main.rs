@@ -1,26 +1,54 @@
-//! The load generator of the bench: an echo server, and a client that measures one path to it.
+//! The bench: a load generator that measures one path, and the comparison of all paths with it.
 //!
-//! Both run wherever they are started, for example as tasks of a job on both sides of the mesh. The contenders that take
-//! turns between the same two network namespaces are not built yet.
+//! `cargo xtask bench` builds and calls it. README.md beside this folder says how to read the figures.
 
 #![forbid(unsafe_code)]
 
+mod compare;
+mod contenders;
 mod load;
+mod place;
+mod report;
+mod usage;
 
 use std::io::Write as _;
 use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::Duration;
 
-use anyhow::Context as _;
-use clap::{Parser, Subcommand};
+use anyhow::{Context as _, ensure};
+use clap::{Args, Parser, Subcommand};
 
+use compare::{Extent, Phase, Sample};
 use load::{Measured, Work};
+use place::Place;
+use report::Report;
 
 #[derive(Parser)]
-#[command(name = "culvert-bench", about = "Measures one path: echo, throughput, new connections")]
+#[command(name = "culvert-bench", about = "Measures paths: echo, throughput, new connections, memory")]
 struct Arguments {
+    #[command(flatten)]
+    place: Place,
     #[command(subcommand)]
     command: Command,
+}
+
+/// What the comparison needs to know.
+#[derive(Args, Clone)]
+struct Comparison {
+    /// Envoy's binary.
+    #[arg(long)]
+    envoy: PathBuf,
+    /// Rounds; every contender has its turn in each.
+    #[arg(long, default_value_t = 9)]
+    rounds: usize,
+    /// Length of one turn, in milliseconds.
+    #[arg(long, default_value_t = 1000)]
+    millis: u64,
+    /// Connections held open to measure memory.
+    #[arg(long, default_value_t = 1000)]
+    held: usize,
 }
 
 #[derive(Subcommand)]
@@ -63,11 +91,29 @@ enum Command {
         #[arg(long, default_value_t = 10_000)]
         millis: u64,
     },
+    /// Compares all contenders, on one processor and on all; prints a table, writes JSON and a chart.
+    Compare {
+        #[command(flatten)]
+        comparison: Comparison,
+        /// Folder for `bench.json` and `bench.svg`.
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// One condition of the comparison; prints JSON.
+    #[command(hide = true)]
+    Phase {
+        #[command(flatten)]
+        comparison: Comparison,
+        #[arg(long)]
+        pinned: bool,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
+    let Arguments { place, command } = Arguments::parse();
+    place.enter()?;
     let mut held = Vec::new();
-    let (target, work) = match Arguments::parse().command {
+    let (target, work) = match command {
         Command::Serve { addresses } => return load::serve(&addresses),
         Command::Echo { target, size, millis } => (target, Work::Echo { size, millis }),
         Command::Throughput { target, connections, millis } => (target, Work::Throughput { connections, millis }),
@@ -78,16 +124,47 @@ fn main() -> anyhow::Result<()> {
             std::thread::sleep(Duration::from_millis(millis));
             return Ok(());
         }
+        Command::Phase { comparison: Comparison { envoy, rounds, millis, held }, pinned } => {
+            let phase = compare::run(&envoy, pinned, Extent { rounds, millis, held })?;
+            return write_line(&serde_json::to_string(&phase)?);
+        }
+        Command::Compare { comparison, out } => {
+            let phases = [true, false].map(|pinned| phase(&comparison, pinned));
+            let report = Report::new(phases.into_iter().collect::<anyhow::Result<_>>()?, comparison.into());
+            report.write(&out)?;
+            return write_line(&report.table());
+        }
     };
     print(&load::work(target, work, &mut held)?)
 }
 
+/// A phase in a process of its own: its processors and namespaces are its children's, and end with it.
+fn phase(comparison: &Comparison, pinned: bool) -> anyhow::Result<Phase> {
+    let Comparison { envoy, rounds, millis, held } = comparison;
+    let mut command = std::process::Command::new(std::env::current_exe()?);
+    command.arg("phase").arg("--envoy").arg(envoy).stdout(Stdio::piped());
+    command.args([format!("--rounds={rounds}"), format!("--millis={millis}"), format!("--held={held}")]);
+    if pinned {
+        command.arg("--pinned");
+    }
+    let output = command.spawn()?.wait_with_output()?;
+    ensure!(output.status.success(), "the comparison ended with {}", output.status);
+    serde_json::from_slice(&output.stdout).context("what the comparison printed")
+}
+
 /// One JSON object: how much, how long, and quantiles in nanoseconds where single durations were measured.
 fn print(measured: &Measured) -> anyhow::Result<()> {
-    let quantile = |q: f64| measured.quantile(q);
-    let report = serde_json::json!({
-        "count": measured.count, "nanos": measured.nanos,
-        "p50": quantile(0.5), "p99": quantile(0.99), "p999": quantile(0.999),
-    });
-    writeln!(std::io::stdout(), "{report}").context("write the report")
+    let [p50, p99, p999] = [0.5, 0.99, 0.999].map(|q| measured.quantile(q));
+    let sample = Sample { count: measured.count, nanos: measured.nanos, p50, p99, p999, cpu: 0 };
+    write_line(&serde_json::to_string(&sample)?)
+}
+
+fn write_line(text: &str) -> anyhow::Result<()> {
+    writeln!(std::io::stdout(), "{text}").context("write to standard output")
+}
+
+impl From<Comparison> for Extent {
+    fn from(Comparison { rounds, millis, held, .. }: Comparison) -> Self {
+        Self { rounds, millis, held }
+    }
 }

@@ -25,17 +25,16 @@ use std::time::{Duration, Instant};
 /// Patience of tests on a slow and noisy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A binary of the workspace, beside this test's own.
+/// A binary of the workspace, from the folder of this program's own or, for a test, from the one above.
 ///
 /// # Panics
 /// When it was not built: `cargo xtask test` builds all of them first.
 #[must_use]
 pub fn binary(name: &str) -> PathBuf {
-    let own = std::env::current_exe().expect("a test has a path");
-    let folder = own.ancestors().nth(2).expect("target/<profile>/deps/<test>");
-    let path = folder.join(name);
-    assert!(path.is_file(), "{} is not built; run the tests with `cargo xtask test`", path.display());
-    path
+    let own = std::env::current_exe().expect("a program has a path");
+    // target/<profile>/<program>, or target/<profile>/deps/<test>
+    let found = own.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|path| path.is_file());
+    found.unwrap_or_else(|| panic!("{name} is not built beside {}; run `cargo xtask test`", own.display()))
 }
 
 /// Waits until `done`.

@@ -31,7 +31,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "culvert-jobspec",
         ],
     ),
-    ("culvert-bench", &["culvert-agent", "culvert-proxy", "culvert-control", "culvert-api", "culvert-types"]),
+    ("culvert-bench", &["culvert-tests"]),
     ("counter-api", &[]),
     ("counter-dashboard", &[]),
     ("xtask", &[]),

@@ -7,6 +7,7 @@
 #![expect(clippy::print_stdout, reason = "a command-line tool talks on standard output")]
 
 mod arrows;
+mod bench;
 mod command;
 mod demo;
 mod ebpf;
@@ -39,6 +40,8 @@ enum Command {
     Test(test::Options),
     /// The main job: two workloads, one mesh, an intention that cuts it off.
     Demo(demo::Options),
+    /// Plain TCP, culvert's paths and a pair of Envoys side by side: latency, throughput, processor time, memory.
+    Bench(bench::Options),
     /// Feed the parsers of outside input with random bytes.
     Fuzz(fuzz::Options),
 }
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::Lint => lint::run(&setup),
         Command::Test(options) => test::run(&setup, &options),
         Command::Demo(options) => demo::run(&setup, &options),
+        Command::Bench(options) => bench::run(&setup, &options),
         Command::Fuzz(options) => fuzz::run(&setup, &options),
     };
     match result {

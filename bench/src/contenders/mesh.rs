@@ -1,0 +1,137 @@
+//! A node of culvert with two workloads: one whose pair may go direct, and one that wants mutual TLS.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use culvert_tests::{Node, NodeOptions, World, eventually};
+
+use crate::place::Place;
+
+/// Where the caller reaches the service that may go direct, and the one that is proxied.
+pub(super) const DIRECT: SocketAddr = SocketAddr::V4(std::net::SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, 8080));
+pub(super) const PROXIED: SocketAddr = SocketAddr::V4(std::net::SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, 8081));
+
+/// A running node.
+pub(super) struct Mesh {
+    node: Node,
+    /// Where the caller's application runs.
+    pub(super) caller: Place,
+}
+
+impl Mesh {
+    /// Starts the node and the job, and waits until both services answer on their path.
+    pub(super) fn start(world: &World, own: &Path) -> anyhow::Result<Self> {
+        let node = Node::start(world, NodeOptions { encryption: "between-nodes", ..NodeOptions::default() });
+        node.run_job("bench", &job(own));
+        let allocation = node.allocation("bench", "caller");
+        let id = allocation["ID"].as_str().context("an allocation has an ID")?;
+        let cgroup = PathBuf::from(format!("/sys/fs/cgroup/unified/{}/{id}/park", world.cgroup_parent()));
+        let cgroup = if cgroup.is_dir() { cgroup } else { unified(&cgroup)? };
+        let caller =
+            Place { netns: Some(PathBuf::from(format!("/run/netns/culvert-{}", &id[..8]))), cgroup: Some(cgroup) };
+        Ok(Self { node, caller })
+    }
+
+    /// Those that carry the mesh: the worker, and the agent, which hands it sockets and follows the kernel's events.
+    pub(super) fn processes(&self) -> anyhow::Result<Vec<u32>> {
+        Ok(vec![self.worker()?, u32::try_from(self.node.pid())?])
+    }
+
+    /// The process that holds the proxied connections.
+    pub(super) fn worker(&self) -> anyhow::Result<u32> {
+        let status = self.node.api("/v1/culvert/status");
+        let pid = status["Worker"]["Pid"].as_u64().context("no worker runs")?;
+        Ok(u32::try_from(pid)?)
+    }
+
+    /// Connections that were let through on `path` so far.
+    pub(super) fn connections(&self, path: &str) -> u64 {
+        self.node.metric("culvert_connections_total", &[&format!("path=\"{path}\""), "side=\"outbound\""])
+    }
+
+    /// Waits until the worker carries nothing any more.
+    pub(super) fn settle(&self) {
+        eventually("connections of the mesh end", || self.node.metric("culvert_connections_open", &[]) == 0);
+    }
+
+    /// Removes everything.
+    pub(super) fn leave(mut self) {
+        self.node.leave();
+    }
+}
+
+/// Where cgroup2 is the only hierarchy, it is mounted one level higher.
+fn unified(path: &Path) -> anyhow::Result<PathBuf> {
+    let below = path.strip_prefix("/sys/fs/cgroup/unified")?;
+    let path = Path::new("/sys/fs/cgroup").join(below);
+    fs::metadata(&path).with_context(|| format!("cgroup {}", path.display()))?;
+    Ok(path)
+}
+
+fn job(own: &Path) -> String {
+    let command = own.display();
+    format!(
+        r#"
+job "bench" {{
+  group "called" {{
+    network {{ mode = "bridge" }}
+    service {{
+      name = "echo-direct"
+      port = "9001"
+      connect {{
+        sidecar_service {{}}
+      }}
+    }}
+    service {{
+      name = "echo-proxied"
+      port = "9002"
+      connect {{
+        sidecar_service {{
+          proxy {{
+            config {{ encryption = "always" }}
+          }}
+        }}
+      }}
+    }}
+    task "serve" {{
+      driver = "raw_exec"
+      config {{
+        command = "{command}"
+        args    = ["serve", "127.0.0.1:9001", "127.0.0.1:9002"]
+      }}
+    }}
+  }}
+  group "caller" {{
+    network {{ mode = "bridge" }}
+    service {{
+      name = "caller"
+      port = "9009"
+      connect {{
+        sidecar_service {{
+          proxy {{
+            upstreams {{
+              destination_name = "echo-direct"
+              local_bind_port  = 8080
+            }}
+            upstreams {{
+              destination_name = "echo-proxied"
+              local_bind_port  = 8081
+            }}
+          }}
+        }}
+      }}
+    }}
+    task "park" {{
+      driver = "raw_exec"
+      config {{
+        command = "{command}"
+        args    = ["serve", "127.0.0.1:9009"]
+      }}
+    }}
+  }}
+}}
+"#
+    )
+}

@@ -1,0 +1,118 @@
+//! What a comparison found: as a table, as JSON, as a chart.
+
+mod chart;
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+
+use crate::compare::{Extent, Memory, Outcome, Phase, is_base};
+
+/// A whole comparison, as it is written to `bench.json`.
+#[derive(Debug, Deserialize, Serialize)]
+pub(crate) struct Report {
+    /// What was compared: version of this program, kernel, processors.
+    pub(crate) culvert: String,
+    pub(crate) kernel: String,
+    pub(crate) processors: usize,
+    pub(crate) rounds: usize,
+    /// Length of one turn.
+    pub(crate) millis: u64,
+    pub(crate) phases: Vec<Phase>,
+}
+
+impl Report {
+    pub(crate) fn new(phases: Vec<Phase>, extent: Extent) -> Self {
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        // The release's third number and what distributions add say nothing about the path.
+        let kernel = kernel.split('.').take(2).collect::<Vec<_>>().join(".");
+        Self {
+            culvert: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel,
+            processors: std::thread::available_parallelism().map_or(1, usize::from),
+            rounds: extent.rounds,
+            millis: extent.millis,
+            phases,
+        }
+    }
+
+    /// Writes `bench.json` and `bench.svg` into `folder`.
+    pub(crate) fn write(&self, folder: &Path) -> anyhow::Result<()> {
+        fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+        let json = serde_json::to_string_pretty(self)? + "\n";
+        for (name, text) in [("bench.json", json), ("bench.svg", chart::draw(self))] {
+            let path = folder.join(name);
+            fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// For people, in Markdown.
+    pub(crate) fn table(&self) -> String {
+        let mut text = String::new();
+        for phase in &self.phases {
+            write_phase(&mut text, phase, self.processors).expect("writing to a string cannot fail");
+        }
+        let Self { culvert, kernel, rounds, millis, .. } = self;
+        text + &format!(
+            "culvert {culvert}, Linux {kernel}. Medians of {rounds} rounds; in each, every contender works {millis} ms. \
+             In brackets: multiple of plain TCP in the same round.\n"
+        )
+    }
+}
+
+fn write_phase(text: &mut String, phase: &Phase, processors: usize) -> std::fmt::Result {
+    let place =
+        if phase.pinned { "everything on one processor".to_owned() } else { format!("{processors} processors") };
+    writeln!(text, "\n### {place}\n")?;
+    writeln!(text, "| | | p50 µs | p99 µs | p99.9 µs | per second | proxies' CPU |")?;
+    writeln!(text, "|---|---|---|---|---|---|---|")?;
+    let mut last = "";
+    for outcome in &phase.results {
+        let work = if outcome.work == last { "" } else { &outcome.work };
+        last = &outcome.work;
+        let [p50, p99, p999] = latency_cells(outcome);
+        let (rate, cpu) = (rate_cell(outcome), cpu_cell(outcome));
+        writeln!(text, "| {work} | {} | {p50} | {p99} | {p999} | {rate} | {cpu} |", outcome.contender)?;
+    }
+    writeln!(text, "\n| memory | idle | per open connection |\n|---|---|---|")?;
+    for Memory { contender, idle, connections, per_connection } in &phase.memory {
+        let (idle, each) = (*idle as f64 / 1048576.0, per_connection / 1024.0);
+        writeln!(text, "| {contender} | {idle:.1} MiB | {each:.1} KiB (of {connections}) |")?;
+    }
+    Ok(())
+}
+
+fn latency_cells(outcome: &Outcome) -> [String; 3] {
+    let Some(latency) = outcome.latency else { return ["", "", ""].map(str::to_owned) };
+    let cell = |value: f64, ratio: f64| with_ratio(format!("{value:.1}"), ratio, outcome);
+    [cell(latency.p50, latency.p50_ratio), cell(latency.p99, latency.p99_ratio), cell(latency.p999, latency.p999_ratio)]
+}
+
+fn rate_cell(outcome: &Outcome) -> String {
+    let value =
+        if is_throughput(outcome) { format!("{:.2} GB", outcome.rate / 1e9) } else { format!("{:.0}", outcome.rate) };
+    with_ratio(value, outcome.rate_ratio, outcome)
+}
+
+fn cpu_cell(outcome: &Outcome) -> String {
+    if outcome.cpu_nanos == 0.0 {
+        return String::new();
+    }
+    if is_throughput(outcome) {
+        return format!("{:.2} s per GB", outcome.cpu_nanos);
+    }
+    format!("{:.1} µs", outcome.cpu_nanos / 1000.0)
+}
+
+fn with_ratio(value: String, ratio: f64, outcome: &Outcome) -> String {
+    if is_base(&outcome.contender) { value } else { format!("{value} ({ratio:.2})") }
+}
+
+/// Counted in bytes?
+pub(super) fn is_throughput(outcome: &Outcome) -> bool {
+    outcome.work.starts_with("throughput")
+}
