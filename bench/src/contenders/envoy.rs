@@ -9,8 +9,8 @@ use std::process::Command;
 use anyhow::Context as _;
 use culvert_tests::{eventually, get};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
-    SanType,
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    KeyUsagePurpose, SanType,
 };
 use serde_json::{Value, json};
 
@@ -70,6 +70,8 @@ fn visit(netns: &str, path: &str) -> anyhow::Result<String> {
 
 fn authority() -> anyhow::Result<CertifiedIssuer<'static, KeyPair>> {
     let mut root = CertificateParams::default();
+    // Issuer and subject must differ, or a leaf looks as if it had signed itself.
+    root.distinguished_name.push(DnType::CommonName, "bench root");
     root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     root.key_usages = vec![KeyUsagePurpose::KeyCertSign];
     Ok(CertifiedIssuer::self_signed(root, KeyPair::generate()?)?)
@@ -89,6 +91,7 @@ impl Identity {
         spiffe: &str,
     ) -> anyhow::Result<Self> {
         let mut leaf = CertificateParams::default();
+        leaf.distinguished_name.push(DnType::CommonName, name);
         leaf.subject_alt_names = vec![SanType::URI(spiffe.try_into().context("a URI")?)];
         leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
@@ -102,7 +105,7 @@ impl Identity {
 
 fn common_tls(own: &Identity, folder: &Path, peer: &str) -> Value {
     json!({
-        "tls_params": {"tls_minimum_protocol_version": "TLSv1_3"},
+        "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
         "tls_certificates": [{"certificate_chain": {"filename": own.chain}, "private_key": {"filename": own.key}}],
         "validation_context": {
             "trusted_ca": {"filename": folder.join("roots.pem")},
