@@ -11,6 +11,7 @@ use culvert_tests::World;
 use serde::{Deserialize, Serialize};
 
 use crate::contenders::{BASE, Contender, Contenders, Running};
+use crate::intentions::{self, Enforcement};
 use crate::usage;
 
 /// What is measured of each contender.
@@ -38,6 +39,8 @@ pub(crate) struct Extent {
     pub(crate) millis: u64,
     /// Connections that are held open to measure memory.
     pub(crate) held: usize,
+    /// How often an intention is turned on each path of culvert.
+    pub(crate) flips: usize,
 }
 
 /// All contenders under one condition.
@@ -49,6 +52,8 @@ pub(crate) struct Phase {
     pub(crate) results: Vec<Outcome>,
     /// Of those contenders that hold connections.
     pub(crate) memory: Vec<Memory>,
+    /// Of culvert's paths.
+    pub(crate) intentions: Vec<Enforcement>,
 }
 
 /// One contender at one piece of work: medians over the rounds.
@@ -124,8 +129,11 @@ pub(crate) fn run(envoy: &Path, pinned: bool, extent: Extent) -> anyhow::Result<
         let rounds = rounds.collect::<anyhow::Result<Vec<_>>>()?;
         results.extend(contenders.all.iter().enumerate().map(|(at, contender)| outcome(contender, task, at, &rounds)));
     }
+    let intentions = contenders.all.iter().filter_map(|contender| Some((contender, contender.service?)));
+    let intentions = intentions.map(|(contender, service)| intentions::measure(contender, service, extent.flips));
+    let intentions = intentions.collect::<anyhow::Result<Vec<_>>>()?;
     contenders.leave();
-    Ok(Phase { pinned, results, memory })
+    Ok(Phase { pinned, results, memory, intentions })
 }
 
 /// One round: a sample of each contender, in the order of `contenders.all`. Each round begins with another one.
@@ -204,10 +212,14 @@ fn quantile(of: impl Fn(&Sample) -> Option<u64>) -> impl Fn(&Sample) -> f64 {
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
+    percentile(&mut values.collect::<Vec<_>>(), 0.5)
+}
+
+/// The value that a share `q` of `values` does not exceed; 0 of none.
+pub(crate) fn percentile(values: &mut [f64], q: f64) -> f64 {
     values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) }
+    let rank = (values.len() as f64 * q).ceil() as usize;
+    values.get(rank.saturating_sub(1)).copied().unwrap_or_default()
 }
 
 /// The contender that ratios refer to stands first in every round.
@@ -217,11 +229,16 @@ pub(crate) fn is_base(contender: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::median;
+    use super::percentile;
 
     #[test]
-    fn the_median_stands_in_the_middle() {
-        assert!((median([3.0, 1.0, 2.0].into_iter()) - 2.0).abs() < f64::EPSILON);
-        assert!((median([4.0, 1.0, 2.0, 3.0].into_iter()) - 2.5).abs() < f64::EPSILON);
+    fn a_share_of_the_values_does_not_exceed_its_percentile() {
+        let mut values: Vec<f64> = (1..=100).rev().map(f64::from).collect();
+        let of =
+            |values: &mut [f64], q, expected: f64| assert!((percentile(values, q) - expected).abs() < f64::EPSILON);
+        of(&mut values, 0.5, 50.0);
+        of(&mut values, 0.99, 99.0);
+        of(&mut values[..1], 0.99, 1.0);
+        of(&mut [], 0.5, 0.0);
     }
 }

@@ -15,7 +15,7 @@ const MAX_MESSAGE: usize = 64 * 1024;
 /// Chunk of the throughput test.
 const CHUNK: usize = 64 * 1024;
 /// First byte of a connection: what the server shall do with it.
-const ECHO: u8 = b'e';
+pub(crate) const ECHO: u8 = b'e';
 const SINK: u8 = b's';
 const HOLD: u8 = b'h';
 
@@ -111,7 +111,8 @@ fn answer(mut stream: TcpStream) -> std::io::Result<()> {
     }
 }
 
-fn connect(target: SocketAddr, kind: u8) -> anyhow::Result<TcpStream> {
+/// A connection whose server knows what to do with it.
+pub(crate) fn connect(target: SocketAddr, kind: u8) -> anyhow::Result<TcpStream> {
     let mut stream = TcpStream::connect(target).with_context(|| format!("connect to {target}"))?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;

@@ -6,8 +6,10 @@
 
 mod compare;
 mod contenders;
+mod intentions;
 mod load;
 mod place;
+mod probe;
 mod report;
 mod usage;
 
@@ -49,6 +51,9 @@ struct Comparison {
     /// Connections held open to measure memory.
     #[arg(long, default_value_t = 1000)]
     held: usize,
+    /// How often an intention is turned to deny on each path of culvert.
+    #[arg(long, default_value_t = 100)]
+    flips: usize,
 }
 
 #[derive(Subcommand)]
@@ -91,6 +96,8 @@ enum Command {
         #[arg(long, default_value_t = 10_000)]
         millis: u64,
     },
+    /// Watches a live connection and new ones while an intention changes.
+    Probe { target: SocketAddr },
     /// Compares all contenders, on one processor and on all; prints a table, writes JSON and a chart.
     Compare {
         #[command(flatten)]
@@ -124,8 +131,9 @@ fn main() -> anyhow::Result<()> {
             std::thread::sleep(Duration::from_millis(millis));
             return Ok(());
         }
-        Command::Phase { comparison: Comparison { envoy, rounds, millis, held }, pinned } => {
-            let phase = compare::run(&envoy, pinned, Extent { rounds, millis, held })?;
+        Command::Probe { target } => return probe::run(target),
+        Command::Phase { comparison, pinned } => {
+            let phase = compare::run(&comparison.envoy.clone(), pinned, comparison.into())?;
             return write_line(&serde_json::to_string(&phase)?);
         }
         Command::Compare { comparison, out } => {
@@ -140,10 +148,11 @@ fn main() -> anyhow::Result<()> {
 
 /// A phase in a process of its own: its processors and namespaces are its children's, and end with it.
 fn phase(comparison: &Comparison, pinned: bool) -> anyhow::Result<Phase> {
-    let Comparison { envoy, rounds, millis, held } = comparison;
+    let Comparison { envoy, rounds, millis, held, flips } = comparison;
     let mut command = std::process::Command::new(std::env::current_exe()?);
     command.arg("phase").arg("--envoy").arg(envoy).stdout(Stdio::piped());
-    command.args([format!("--rounds={rounds}"), format!("--millis={millis}"), format!("--held={held}")]);
+    command.args([format!("--rounds={rounds}"), format!("--millis={millis}")]);
+    command.args([format!("--held={held}"), format!("--flips={flips}")]);
     if pinned {
         command.arg("--pinned");
     }
@@ -164,7 +173,7 @@ fn write_line(text: &str) -> anyhow::Result<()> {
 }
 
 impl From<Comparison> for Extent {
-    fn from(Comparison { rounds, millis, held, .. }: Comparison) -> Self {
-        Self { rounds, millis, held }
+    fn from(Comparison { rounds, millis, held, flips, .. }: Comparison) -> Self {
+        Self { rounds, millis, held, flips }
     }
 }

@@ -19,6 +19,9 @@ const APPLICATION: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCAL
 /// Where an application reaches its upstream.
 const UPSTREAM: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8080));
 
+/// The agent's API.
+pub(crate) const API: &str = "127.0.0.1:8500";
+
 /// One way from caller to called.
 #[derive(Clone, Debug)]
 pub(crate) struct Contender {
@@ -32,6 +35,8 @@ pub(crate) struct Contender {
     pub(crate) processes: Vec<u32>,
     /// Who holds the connections, and so the memory for them.
     pub(crate) holders: Vec<u32>,
+    /// The called service, where an intention governs the path.
+    pub(crate) service: Option<&'static str>,
 }
 
 /// What every ratio refers to.
@@ -69,6 +74,11 @@ impl Contenders {
             target,
             processes: processes.to_vec(),
             holders: holders.to_vec(),
+            service: match name {
+                DIRECT => Some("echo-direct"),
+                PROXIED => Some("echo-proxied"),
+                _ => None,
+            },
         };
         let all = vec![
             contender(BASE, &caller, plain::target(), &[], &[]),

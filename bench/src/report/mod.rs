@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
 use crate::compare::{Extent, Memory, Outcome, Phase, is_base};
+use crate::intentions::Enforcement;
 
 /// A whole comparison, as it is written to `bench.json`.
 #[derive(Debug, Deserialize, Serialize)]
@@ -82,6 +83,11 @@ fn write_phase(text: &mut String, phase: &Phase, processors: usize) -> std::fmt:
     for Memory { contender, idle, connections, per_connection } in &phase.memory {
         let (idle, each) = (*idle as f64 / 1048576.0, per_connection / 1024.0);
         writeln!(text, "| {contender} | {idle:.1} MiB | {each:.1} KiB (of {connections}) |")?;
+    }
+    writeln!(text, "\n| a deny is enforced after | live connections p50, p99 | new ones p50, p99 |\n|---|---|---|")?;
+    for Enforcement { contender, flips, live_p50, live_p99, new_p50, new_p99 } in &phase.intentions {
+        write!(text, "| {contender}, {flips} times ")?;
+        writeln!(text, "| {live_p50:.1} ms, {live_p99:.1} ms | {new_p50:.1} ms, {new_p99:.1} ms |")?;
     }
     Ok(())
 }
