@@ -20,6 +20,8 @@ const DASHBOARD: &str = "127.0.0.1:9002";
 const OUTSIDE: &str = "/run/culvert-demo";
 /// How long the main job may take until the first count.
 const FIRST_COUNT: Duration = Duration::from_secs(90);
+/// Lines of `culvert observe` that are shown: its heading, and an open and a close by each side.
+const OBSERVED: usize = 5;
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -41,9 +43,11 @@ pub(crate) fn run(setup: &Setup, options: &Options) -> anyhow::Result<()> {
     setup.programs(&[&IP, &NFT])?;
     let bin = build(options.release)?;
     let demo = Demo::start(&bin)?;
+    let mut processes = Vec::new();
     let result = demo.run_job(&bin, &root().join("examples/countdash.nomad.hcl")).and_then(|()| {
         let count = demo.wait_connected(FIRST_COUNT)?;
         println!("\nthe dashboard counts: {count}");
+        processes = check::processes(&demo)?;
         if options.check { check::prove(&demo) } else { explain(&demo).and_then(|()| demo.wait_for_interrupt()) }
     });
     let left = demo.leave();
@@ -53,7 +57,7 @@ pub(crate) fn run(setup: &Setup, options: &Options) -> anyhow::Result<()> {
     result?;
     left?;
     if options.check {
-        check::nothing_left()?;
+        check::nothing_left(&processes)?;
         println!("\ndemo: every claim holds");
     }
     Ok(())
@@ -84,8 +88,10 @@ fn build(release: bool) -> anyhow::Result<PathBuf> {
 fn explain(demo: &Demo) -> anyhow::Result<()> {
     println!("{}", demo.culvert(&["job", "status", "countdash"])?);
     println!("{}", demo.culvert(&["status"])?);
+    println!("the connections of the next seconds, and the path each takes:");
+    demo.observe(OBSERVED, FIRST_COUNT)?;
     let culvert = demo.binary().display();
-    println!("open http://{DASHBOARD} and try, in another terminal:");
+    println!("\nopen http://{DASHBOARD} and try, in another terminal:");
     println!("  {culvert} observe");
     println!("  {culvert} intention create -deny count-dashboard count-api      # the dashboard disconnects");
     println!("  {culvert} intention create -replace -allow count-dashboard count-api   # and recovers");

@@ -1,7 +1,7 @@
 //! The agent of the demo, and what is asked of it and of the dashboard.
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -63,6 +63,25 @@ impl Demo {
             bail!("culvert {} ended with {}: {text}", arguments.join(" "), output.status);
         }
         Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Shows the first lines of `culvert observe`.
+    pub(crate) fn observe(&self, lines: usize, patience: Duration) -> anyhow::Result<()> {
+        let mut observer = Command::new(&self.binary);
+        let mut observer = observer.arg("observe").stdout(Stdio::piped()).spawn().context("start culvert observe")?;
+        let output = observer.stdout.take().context("its output")?;
+        let (send, seen) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let output = BufReader::new(output);
+            output.lines().map_while(Result::ok).try_for_each(|line| send.send(line))
+        });
+        let deadline = Instant::now() + patience;
+        for _ in 0..lines {
+            let Ok(line) = seen.recv_timeout(deadline.saturating_duration_since(Instant::now())) else { break };
+            println!("  {line}");
+        }
+        observer.kill()?;
+        observer.wait().map(drop).context("culvert observe")
     }
 
     pub(crate) fn run_job(&self, bin: &Path, file: &Path) -> anyhow::Result<()> {

@@ -38,7 +38,12 @@ pub(crate) fn prove(demo: &Demo) -> anyhow::Result<()> {
         ensure!(seen.plain > 0, "the direct path shows no payload: the packet socket is blind");
         println!("   payload seen by the same packet socket: it is not blind");
     } else {
-        println!("   this kernel offers no direct path: {}", demo.api("/v1/culvert/status")?["Ebpf"]["Reason"]);
+        let reason = demo.api("/v1/culvert/status")?["Ebpf"]["Reason"].clone();
+        ensure!(
+            std::env::var_os("CI").is_none(),
+            "this kernel offers no direct path, and half the proof with it: {reason}"
+        );
+        println!("   this kernel offers no direct path: {reason}");
     }
 
     for encryption in ["between-nodes", "always"] {
@@ -98,24 +103,41 @@ fn address(demo: &Demo, group: &str) -> anyhow::Result<Ipv4Addr> {
     allocation["Addresses"][0].as_str().context("address")?.parse().context("address")
 }
 
-/// Nothing with our names is left.
-pub(crate) fn nothing_left() -> anyhow::Result<()> {
+/// Processes of the mesh and of the workloads, as the agent names them.
+pub(crate) fn processes(demo: &Demo) -> anyhow::Result<Vec<u64>> {
+    let job = demo.api("/v1/culvert/job/countdash")?;
+    let tasks = job["Allocations"].as_array().into_iter().flatten().filter_map(|one| one["Tasks"][0]["Pid"].as_u64());
+    Ok(tasks.chain(demo.api("/v1/culvert/status")?["Worker"]["Pid"].as_u64()).collect())
+}
+
+/// Nothing with our names is left, and none of `processes`.
+pub(crate) fn nothing_left(processes: &[u64]) -> anyhow::Result<()> {
     let mut left: Vec<String> = Vec::new();
-    for (folder, prefix) in [
+    let mounts = std::fs::read_to_string("/proc/mounts")?;
+    let mounts: Vec<Vec<&str>> = mounts.lines().map(|line| line.split(' ').collect()).collect();
+    let cgroups = mounts.iter().filter(|mount| mount[2].starts_with("cgroup"));
+    let cgroups = cgroups.map(|mount| Path::new(mount[1]).join("culvert")).filter(|cgroup| cgroup.exists());
+    left.extend(cgroups.map(|cgroup| cgroup.display().to_string()));
+    let places = [
         ("/run/netns", "culvert-"),
         ("/sys/class/net", "culvert0"),
         ("/sys/class/net", "cv"),
         ("/sys/fs/bpf/culvert", "v"),
-        ("/sys/fs/cgroup/unified", "culvert"),
-        ("/sys/fs/cgroup", "culvert"),
-    ] {
+        ("/run/culvert/alloc", ""),
+        ("/run/culvert/allocations", ""),
+    ];
+    for (folder, prefix) in places {
         left.extend(entries(Path::new(folder), prefix).iter().map(|path| path.display().to_string()));
     }
+    let ours = |mount: &&str| mount.starts_with("/run/culvert/") || mount.starts_with("/run/netns/culvert-");
+    left.extend(mounts.iter().map(|mount| mount[1]).filter(ours).map(|mount| format!("mount {mount}")));
+    let living = processes.iter().filter(|process| Path::new(&format!("/proc/{process}")).exists());
+    left.extend(living.map(|process| format!("process {process}")));
     let tables = output(Command::new("nft").args(["list", "tables"]).current_dir(root()))?;
     left.extend(tables.lines().filter(|line| line.ends_with(" culvert")).map(str::to_owned));
     if !left.is_empty() {
         bail!("left behind: {}", left.join(", "));
     }
-    println!("nothing is left: no netns, link, nftables table, pin or cgroup");
+    println!("nothing is left: no process, netns, link, nftables table, pin, mount, cgroup or allocation directory");
     Ok(())
 }
