@@ -25,16 +25,18 @@ use super::metrics::{Metrics, RefusalLabel};
 use super::root::{self, CROSS_SIGNED_TTL, NewRoot, RootError};
 use super::rows::{self, ConfigRow, IntermediateRow, RootRow, RowError, Rows};
 use super::settings::{CaSettings, SettingsError};
-use super::view::{Roots, View, ViewError};
+use super::view::{Root, Roots, View, ViewError};
 use crate::state::{Ledger, State, UpdateError};
 use crate::store::{Revision, Table};
 
 /// Serial numbers reserved with one commit: signing a leaf then costs none.
 const SERIAL_BLOCK: u64 = 64;
-/// How often old roots are looked at (Consul's hourly job).
+/// How often old roots are looked at, at least (Consul's hourly job).
 const HOUSEKEEPING: Duration = Duration::from_secs(3600);
 /// A root is replaced when this part of its life is over.
 const ROOT_RENEWAL: f64 = 0.9;
+/// Pause after a root that should have been replaced was not.
+const ROOT_RETRY: Duration = Duration::from_secs(60);
 /// The name of roots that the API shows.
 const ROOT_NAME: &str = "Consul CA Primary Cert";
 
@@ -67,6 +69,9 @@ pub enum SignError {
     /// The request itself.
     #[error(transparent)]
     Csr(#[from] CsrError),
+    /// The root ended before it was replaced: what it signs would be valid for nobody.
+    #[error("the active root has expired; a new one is made within a minute")]
+    RootExpired,
     /// The asker has no such service.
     #[error("node {node:?} asks for a certificate of service {service}, which it has not registered")]
     NotRegistered {
@@ -427,6 +432,9 @@ impl Shared {
         if !self.limit.take(now, view.settings.csr_max_per_second) {
             return Err(SignError::RateLimit);
         }
+        if view.roots.active().is_none_or(|root| root.not_after <= now) {
+            return Err(SignError::RootExpired);
+        }
         let csr = Csr::parse(csr)?;
         csr.check_authority(&self.trust_domain, &self.datacenter)?;
         check_registered(&self.ledger.state(), node, &csr.identity().service)?;
@@ -509,6 +517,8 @@ impl Shared {
     /// Publishes changes of the roots, drops old ones, replaces one that nears its end.
     async fn keep(&self, publish: watch::Sender<Arc<Roots>>) {
         let mut state = self.ledger.watch();
+        // First thing: the root may have neared its end while nothing ran.
+        self.housekeep().await;
         let mut next = self.next_housekeeping();
         loop {
             // Before the look: what changes after it is waited for.
@@ -525,7 +535,12 @@ impl Shared {
                 Err(err) => error!(%err, "the authority's rows cannot be read; it signs nothing new"),
             }
             tokio::select! {
-                alive = changed_after(&mut state, seen) => if !alive { return },
+                // What changed may be due sooner: another root, shorter lives.
+                alive = changed_after(&mut state, seen) => if alive {
+                    next = next.min(self.next_housekeeping());
+                } else {
+                    return;
+                },
                 () = self.clock.sleep_until(next) => {
                     self.housekeep().await;
                     next = self.next_housekeeping();
@@ -534,26 +549,30 @@ impl Shared {
         }
     }
 
-    /// Within the hour, and sooner when lives are short.
+    /// Within the hour, sooner when lives are short, and when the root is to be replaced.
     fn next_housekeeping(&self) -> SystemTime {
-        let leaf_ttl = self.view.lock().settings.leaf_ttl;
-        self.clock.now() + HOUSEKEEPING.min(leaf_ttl)
+        let (view, now) = (Arc::clone(&self.view.lock()), self.clock.now());
+        let latest = now + HOUSEKEEPING.min(view.settings.leaf_ttl);
+        // Overdue means that the attempt has failed.
+        view.roots.active().map_or(latest, |root| latest.min(replacement(root).max(now + ROOT_RETRY)))
     }
 
     async fn housekeep(&self) {
         if let Err(err) = self.drop_old_roots().await {
             warn!(%err, "old roots were not dropped, trying again later");
         }
-        let ending = self.view().is_ok_and(|view| {
-            view.roots.active().is_some_and(|root| {
-                let life = root.not_after.duration_since(root.not_before).unwrap_or_default();
-                self.clock.now() >= root.not_before + life.mul_f64(ROOT_RENEWAL)
-            })
-        });
+        let view = self.view();
+        let ending =
+            view.is_ok_and(|view| view.roots.active().is_some_and(|root| replacement(root) <= self.clock.now()));
         if ending && let Err(err) = self.rotate().await {
-            warn!(%err, "the root nears its end and was not rotated, trying again later");
+            warn!(%err, "the root nears its end and was not rotated, trying again in a minute");
         }
     }
+}
+
+/// When another root is to take over from `root`.
+fn replacement(root: &Root) -> SystemTime {
+    root.not_before + root.not_after.duration_since(root.not_before).unwrap_or_default().mul_f64(ROOT_RENEWAL)
 }
 
 /// Waits for a change of the authority; `false` when the ledger is gone.
@@ -579,7 +598,11 @@ impl From<&SignError> for RefusalLabel {
             SignError::RateLimit => Self::RateLimit,
             SignError::Csr(_) => Self::Request,
             SignError::NotRegistered { .. } => Self::NotRegistered,
-            SignError::View(_) | SignError::Row(_) | SignError::Store(_) | SignError::Sign(_) => Self::Internal,
+            SignError::RootExpired
+            | SignError::View(_)
+            | SignError::Row(_)
+            | SignError::Store(_)
+            | SignError::Sign(_) => Self::Internal,
         }
     }
 }

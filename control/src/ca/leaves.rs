@@ -16,6 +16,7 @@ use tracing::{Instrument, debug, info_span, warn};
 
 use culvert_types::ServiceName;
 
+use super::NOT_BEFORE_SLACK;
 use super::authority::{Authority, SignError};
 use super::csr;
 use super::key::{KeyError, PrivateKey};
@@ -28,6 +29,8 @@ pub const MAX_LEAVES: usize = 4096;
 const RENEW_FROM: f64 = 0.6;
 /// And at the latest at this part.
 const RENEW_UNTIL: f64 = 0.9;
+/// Shortest time between two renewals in a row.
+const RENEW_PAUSE: Duration = Duration::from_secs(1);
 /// First pause after a failed attempt; doubles up to [`RETRY_MAX`], each drawn at random between half and full.
 const RETRY_MIN: Duration = Duration::from_secs(1);
 /// Longest pause between attempts.
@@ -175,7 +178,8 @@ impl Keeper {
             // Before the first leaf the wait is over at once.
             let due = match &current {
                 _ if failures > 0 => authority.clock().now() + pause(failures),
-                Some(leaf) => renewal(leaf, random::fraction()),
+                // A leaf that ends with its root may live for seconds only: no more than one key and push per pause.
+                Some(leaf) => renewal(leaf, random::fraction()).max(authority.clock().now() + RENEW_PAUSE),
                 None => SystemTime::UNIX_EPOCH,
             };
             tokio::select! {
@@ -228,9 +232,10 @@ impl Keeper {
     }
 }
 
-/// When to renew: `choice` of 0 means at 60 % of the life, 1 at 90 %.
+/// When to renew: `choice` of 0 means at 60 % of the life, 1 at 90 %. The minute before it was made does not count: most of a
+/// short life would be over at its start.
 fn renewal(leaf: &Leaf, choice: f64) -> SystemTime {
-    let (start, end) = (leaf.certificate.valid_after, leaf.certificate.valid_before);
+    let (start, end) = (leaf.certificate.valid_after + NOT_BEFORE_SLACK, leaf.certificate.valid_before);
     let life = end.duration_since(start).unwrap_or_default();
     start + life.mul_f64(RENEW_FROM + (RENEW_UNTIL - RENEW_FROM) * choice)
 }

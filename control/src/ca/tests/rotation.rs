@@ -1,8 +1,11 @@
 //! Renewal and rotation, days of them, under a virtual clock.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
 use super::world::{HOUR, World, ders, name, verify};
+use crate::ca::csr;
+use crate::ca::key::PrivateKey;
 use crate::ca::{CaSettings, ConfigurationUpdate, ConfigureError, LeafError, SettingsError, SignError};
 
 fn hours(world: &World) -> f64 {
@@ -154,6 +157,59 @@ async fn a_root_that_nears_its_end_is_replaced_in_time() {
     }
     assert_ne!(watch.latest().expect("leaf").certificate.root_id, first);
     world.stop.cancel();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_shortest_lives_that_are_allowed_are_enough_for_calm_renewals() {
+    let settings = CaSettings {
+        leaf_ttl: HOUR,
+        intermediate_ttl: 3 * HOUR,
+        root_ttl: 3 * HOUR + HOUR / 2,
+        ..CaSettings::default()
+    };
+    let world = World::new(settings).await;
+    world.register("web").await;
+    let mut watch = world.leaves.watch(&name("web")).expect("room");
+    watch.ready().await.expect("leaf");
+    let (mut serials, mut roots) = (BTreeSet::new(), BTreeSet::new());
+    while hours(&world) < 24.0 {
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        let leaf = watch.latest().expect("leaf");
+        verify(&leaf.certificate.chain, &world.bundle(), world.clock.now()).expect("never without a valid leaf");
+        serials.insert(leaf.certificate.serial.clone());
+        roots.insert(leaf.certificate.root_id.clone());
+    }
+    // A root for each 3.15 h; a leaf for each 36 to 54 min and each root.
+    assert!((7..=9).contains(&roots.len()), "{} roots", roots.len());
+    assert!(serials.len() <= 40 + roots.len(), "{} leaves", serials.len());
+    world.stop.cancel();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_root_that_ended_signs_nothing_and_is_replaced_at_the_next_start() {
+    let settings =
+        CaSettings { leaf_ttl: HOUR, root_ttl: 10 * HOUR, allow_short_ttls_for_tests: true, ..Default::default() };
+    let world = World::new(settings.clone()).await;
+    world.register("web").await;
+    let first = world.leaf("web").await;
+    let key = PrivateKey::generate().expect("key");
+    let request = csr::request(&world.identity("web"), &key).expect("request");
+    world.stop.cancel();
+    tokio::time::sleep(11 * HOUR).await;
+    let refused =
+        world.authority.sign(super::world::NODE, request.as_bytes()).await.expect_err("nobody looked after it");
+    assert!(matches!(refused, SignError::RootExpired), "{refused}");
+
+    let again = World::on(world.store.clone(), settings, world.clock.clone()).await;
+    let mut watch = again.leaves.watch(&name("web")).expect("room");
+    while watch.latest().is_none() {
+        watch.changed().await.expect("the next attempt");
+    }
+    assert!(hours(&again) < 11.1, "at once, not an hour later");
+    let leaf = watch.latest().expect("leaf");
+    assert_ne!(leaf.certificate.root_id, first.certificate.root_id);
+    verify(&leaf.certificate.chain, &again.bundle(), again.clock.now()).expect("a new root");
+    again.stop.cancel();
 }
 
 #[tokio::test(start_paused = true)]
