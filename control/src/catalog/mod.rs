@@ -18,15 +18,19 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use culvert_api::{CheckDefinition, ServiceRegistration};
+use tracing::info;
 
 use crate::state::rows::{self, Check, Service};
-use crate::state::{Ledger, Plan, State, UpdateError, row_key};
-use crate::store::Table;
+use crate::state::{Ledger, Plan, State, Stored, UpdateError, row_key};
+use crate::store::{MAX_OPERATIONS, Table};
 
 pub use self::check::{DEFAULT_TIMEOUT, MIN_DEREGISTER, MIN_INTERVAL, OUTPUT_MAX_LIMIT, OUTPUT_MAX_SIZE};
 pub use self::error::{CheckError, RegisterError, UnknownCheck, UnknownService};
 pub use self::proxy::MAX_UPSTREAMS;
 pub use self::service::{MAX_META_KEY, MAX_META_PAIRS, MAX_META_VALUE};
+
+/// Rows of a former name that one transaction removes.
+const FORGET_AT_A_TIME: usize = MAX_OPERATIONS / 2;
 
 /// Where a node is, for what is registered on it.
 #[derive(Clone, Debug)]
@@ -204,11 +208,13 @@ impl Catalog {
             .await
     }
 
-    /// Writes this node and its own check, if they are not there as they should be.
+    /// Writes this node and its own check, if they are not there as they should be. Rows of the same node under another name
+    /// go first: nobody runs those checks any more, so its instances would take traffic for ever.
     ///
     /// # Errors
     /// [`UpdateError`].
     pub(crate) async fn announce(&self, node: &rows::Node) -> Result<(), UpdateError> {
+        while self.ledger.update(|state, plan| Ok::<_, UpdateError>(forget_former(state, plan, node))).await? {}
         let check = check::serf_health(&node.name);
         self.ledger
             .update(|_, plan| {
@@ -218,6 +224,21 @@ impl Catalog {
             })
             .await
     }
+}
+
+/// Plans to remove what other names of `node` left, at most [`FORGET_AT_A_TIME`] rows; `false` when there is nothing.
+fn forget_former(state: &State, plan: &mut Plan, node: &rows::Node) -> bool {
+    let former = |row: &&Arc<Stored<rows::Node>>| row.id == node.id && row.name != node.name;
+    let Some(former) = state.nodes().find(former) else { return false };
+    let checks = state.checks_on(&former.name).map(|check| (Table::Checks, row_key(&former.name, &check.id)));
+    let services = state.services_of(&former.name).map(|row| (Table::Services, row_key(&former.name, &row.id)));
+    // The node itself goes last: what is left of it can be found until then.
+    let rows = services.chain(checks).chain([(Table::Nodes, former.name.clone())]);
+    for (table, key) in rows.take(FORGET_AT_A_TIME) {
+        plan.delete(table, key);
+    }
+    info!(node = node.name, former = former.name, "removing rows that this node left under its former name");
+    true
 }
 
 /// A service and its checks, ready to be stored.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use culvert_control::{Control, ControlConfig, NodeDialer};
+use culvert_control::{Control, ControlConfig, NodeDialer, StartError};
 use culvert_types::Datacenter;
 use http_body_util::{BodyExt as _, Full};
 use hyper::header::HeaderMap;
@@ -64,6 +64,22 @@ impl Server {
 
     pub(crate) async fn with(config: ControlConfig) -> Self {
         let control = Control::start(config, Arc::new(NodeDialer)).await.expect("started");
+        Self { control, client: Client::builder(TokioExecutor::new()).build_http() }
+    }
+
+    /// Ends `self` and starts another on the same directory: tasks that were cancelled let go of it a moment later.
+    pub(crate) async fn restart(self, config: &ControlConfig) -> Self {
+        self.control.shutdown().await;
+        drop(self);
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        let control = loop {
+            match Control::start(config.clone(), Arc::new(NodeDialer)).await {
+                Ok(control) => break control,
+                Err(StartError::Store(err)) if tokio::time::Instant::now() < deadline => drop(err),
+                Err(err) => panic!("{err}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
         Self { control, client: Client::builder(TokioExecutor::new()).build_http() }
     }
 

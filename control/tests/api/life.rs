@@ -10,7 +10,7 @@ use culvert_types::{Action, Encryption, HealthStatus};
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 
-use crate::client::{PATIENCE, Server, config};
+use crate::client::{NODE_ID, PATIENCE, Server, config};
 
 #[tokio::test]
 async fn everything_acknowledged_is_there_after_a_restart() {
@@ -35,10 +35,7 @@ async fn everything_acknowledged_is_there_after_a_restart() {
     let second = Control::start(kept(), Arc::new(NodeDialer)).await.err().expect("one agent per directory");
     assert!(matches!(second, StartError::Store(_)), "{second}");
     assert!(second.to_string().contains("in use by another process"), "{second}");
-    first.control.shutdown().await;
-    drop(first);
-
-    let again = Server::with(kept()).await;
+    let again = first.restart(&kept()).await;
     for (path, before) in reads.iter().zip(before) {
         assert_eq!(again.get(path).await.ok(), before, "{path}");
     }
@@ -48,6 +45,33 @@ async fn everything_acknowledged_is_there_after_a_restart() {
     let index = again.control.state().index(Table::Services);
     again.put("/v1/agent/service/register", body).await.ok();
     assert_eq!(again.control.state().index(Table::Services), index, "re-registration after a restart is free");
+}
+
+#[tokio::test]
+async fn a_node_that_changes_its_name_leaves_nothing_under_the_old_one() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let named = |name: &str, id: &str| {
+        let mut kept = config();
+        kept.data_dir = Some(directory.path().join("data"));
+        (kept.node_name, kept.node_id) = (name.to_owned(), id.to_owned());
+        kept
+    };
+    let other = Server::with(named("other", "6f0a4b0e-0000-4000-8000-000000000002")).await;
+    let first = other.restart(&named("n1", NODE_ID)).await;
+    // More rows than one transaction holds.
+    for service in 0..6 {
+        let checks: Vec<Value> = (0..12).map(|n| json!({"CheckID": format!("{service}-{n}"), "TTL": "1h"})).collect();
+        let body =
+            json!({"Name": format!("s{service}"), "Port": 80, "Checks": checks, "Connect": {"SidecarService": {}}});
+        first.put("/v1/agent/service/register", body).await.ok();
+    }
+    let second = first.restart(&named("n2", NODE_ID)).await;
+    let state = second.control.state();
+    let nodes: Vec<&str> = state.nodes().map(|node| node.name.as_str()).collect();
+    assert_eq!(nodes, ["n2", "other"], "another node's rows are not ours to remove");
+    assert_eq!((state.services().count(), state.checks_on("n1").count()), (0, 0));
+    assert_eq!(state.checks_on("n2").count(), 1, "its own");
+    assert_eq!(second.get("/v1/health/service/s1").await.ok(), json!([]));
 }
 
 #[tokio::test]
