@@ -158,7 +158,7 @@ impl Snapshot {
         };
         for upstream in &proxy.upstreams {
             match upstream.destination() {
-                Some(name) => snapshot.add(state, upstream, of(&name)),
+                Some(name) => snapshot.add(state, upstream, proxy.settings.connect_timeout, of(&name)),
                 None => warn!(proxy = id, upstream = upstream.destination_name, "left out: not a service name"),
             }
         }
@@ -166,7 +166,14 @@ impl Snapshot {
         Ok(snapshot)
     }
 
-    fn add(&mut self, state: &State, upstream: &Upstream, identity: ServiceIdentity) {
+    /// `connect_timeout`: the proxy's, for upstreams that have none of their own.
+    fn add(
+        &mut self,
+        state: &State,
+        upstream: &Upstream,
+        connect_timeout: Option<Duration>,
+        identity: ServiceIdentity,
+    ) {
         let ServiceIdentity { trust_domain, datacenter, service } = &identity;
         let cluster = sni::service(service, datacenter, trust_domain);
         let stat_prefix = format!("upstream.{service}.default.{datacenter}");
@@ -182,7 +189,7 @@ impl Snapshot {
         }
         self.targets.push(Target {
             name: cluster,
-            connect_timeout: upstream.connect_timeout.unwrap_or(CONNECT_TIMEOUT),
+            connect_timeout: upstream.connect_timeout.or(connect_timeout).unwrap_or(CONNECT_TIMEOUT),
             max_connections: upstream.max_connections,
             instances: instances(state, service),
             identity,

@@ -275,3 +275,22 @@ fn only_proxies_of_this_node_have_a_snapshot() {
     assert_eq!(take(&state, "web-sidecar-proxy"), Err(SnapshotError::NotRegistered("web-sidecar-proxy".to_owned())));
     assert_eq!(take(&state, "api"), Err(SnapshotError::NotAProxy("api".to_owned())));
 }
+
+#[test]
+fn an_upstream_connects_within_its_own_time_or_the_proxys_or_five_seconds() {
+    let seconds = Duration::from_secs;
+    for (proxy, upstream, wanted) in [
+        (None, None, CONNECT_TIMEOUT),
+        (Some(seconds(2)), None, seconds(2)),
+        (None, Some(seconds(1)), seconds(1)),
+        (Some(seconds(2)), Some(seconds(1)), seconds(1)),
+    ] {
+        let mut web = calls(sidecar(NODE, "web", 21001), &[("api", "", 8080)]);
+        let registered = web.proxy.as_mut().expect("a sidecar");
+        registered.settings.connect_timeout = proxy;
+        registered.upstreams[0].connect_timeout = upstream;
+        let snapshot = take(&state(&[web], &[], &[]), "web-sidecar-proxy").expect("registered");
+        assert_eq!(snapshot.targets[0].connect_timeout, wanted, "{proxy:?} {upstream:?}");
+        assert_eq!(snapshot.inbound.expect("it listens").connect_timeout, CONNECT_TIMEOUT, "that is another setting");
+    }
+}
