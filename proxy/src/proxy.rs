@@ -29,8 +29,9 @@ use crate::xds;
 pub const LISTENER_DRAIN: Duration = Duration::from_secs(30);
 /// Pause before a listening socket that could not be had is asked for again.
 pub const LISTEN_RETRY: Duration = Duration::from_secs(1);
-/// Handshakes of one proxy that are worked on at the same time; more wait, within the handshake's time limit.
-pub const MAX_HANDSHAKES: usize = 256;
+/// Flights of handshakes that one proxy answers at the same time; more wait, within the handshake's time limit. So a crowd of
+/// new connections does not stand before the traffic of those that are established.
+pub const MAX_HANDSHAKES: usize = 64;
 
 /// What all connections of a proxy share.
 pub(crate) struct Context {

@@ -646,6 +646,42 @@ async fn an_upstream_is_offered_on_ipv6_loopback_too() {
     ping(&mut call(v6), b"six").await.expect("echo");
 }
 
+#[tokio::test]
+async fn who_connects_and_says_nothing_holds_nobody_up() {
+    let mesh = Mesh::start(&["web"]).await;
+    let half = |greeting: &'static [u8]| {
+        let mut silent = std::net::TcpStream::connect(mesh.inbound.address).expect("somebody listens");
+        std::io::Write::write_all(&mut silent, greeting).expect("written");
+        silent
+    };
+    let _silent: Vec<_> = (0..MAX_HANDSHAKES + 10).map(|_| half(b"")).collect();
+    let _stuck: Vec<_> = (0..MAX_HANDSHAKES + 10).map(|_| half(b"\x16\x03\x01\x02\x00\x01")).collect();
+    // These were answered and keep the answer waiting.
+    let _answered: Vec<_> = (0..MAX_HANDSHAKES + 10).map(|_| half(client_hello())).collect();
+    let mut honest = mesh.client();
+    let served = timeout(crate::l4::HANDSHAKE_TIMEOUT / 2, ping(&mut honest, b"and I")).await;
+    served.expect("before the others have run out of time").expect("echo");
+}
+
+/// The first flight of a client that never sends a second one.
+fn client_hello() -> &'static [u8] {
+    static HELLO: std::sync::LazyLock<Vec<u8>> = std::sync::LazyLock::new(|| {
+        let client =
+            rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+                .with_protocol_versions(&[&rustls::version::TLS13])
+                .expect("version")
+                .dangerous()
+                .with_custom_certificate_verifier(Arc::new(Anyone))
+                .with_no_client_auth();
+        let mut client = rustls::ClientConnection::new(Arc::new(client), "api.test".try_into().expect("name"))
+            .expect("a connection");
+        let mut hello = Vec::new();
+        client.write_tls(&mut hello).expect("into memory");
+        hello
+    });
+    &HELLO
+}
+
 /// Fails once in the middle of a connection's task.
 struct PanicsOnce(AtomicBool);
 

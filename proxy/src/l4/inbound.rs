@@ -15,7 +15,7 @@ use crate::balance::{NoPlace, Place};
 use crate::handoff::Family;
 use crate::tls::{self, Established, HandshakeError};
 
-/// Longest time a handshake may take, waiting for its turn included.
+/// Longest time a handshake may take, waiting for its turns included.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) async fn carry(shared: &Shared, mut story: Story<'_>, tunnel: Connection) {
@@ -86,10 +86,10 @@ async fn establish(
 }
 
 async fn handshake(shared: &Shared, tunnel: &TcpStream) -> Result<Established, HandshakeError> {
-    let _turn = shared.context.handshakes.acquire().await;
+    let greeting = tls::greet(tunnel, &shared.context.handshakes).await?;
     let state = shared.state.load_full();
     match &state.tls {
-        Some(tls) => tls::accept(tunnel, tls).await,
+        Some(tls) => tls::accept(greeting, tls).await,
         // The configuration's parser lets no inbound listener without TLS pass; refuse all the same.
         None => Err(HandshakeError::Socket(io::Error::other("inbound listener without TLS"))),
     }

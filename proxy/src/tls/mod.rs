@@ -21,7 +21,7 @@ use std::sync::{Arc, LazyLock};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 
 pub use context::{ClientContext, ContextError, ServerContext};
-pub(crate) use handshake::{Established, HandshakeError, accept, connect};
+pub(crate) use handshake::{Established, HandshakeError, accept, connect, greet};
 pub use leaf::{Leaf, LeafError};
 pub(crate) use record::{MAX_PLAINTEXT, MAX_RECORD, RecordError, Session};
 pub use verify::{MAX_CHAIN, PeerIdentity, PeerRefusal, PeerRole, Roots, RootsError, now, verify_peer};
