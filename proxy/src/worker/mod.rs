@@ -1,7 +1,7 @@
 //! The node's worker: many proxies in one process without privilege, fed by the agent over the control socket.
 //!
 //! It outlives its agent. When the control socket ends, connections and listeners go on with the last configuration, and the
-//! worker calls at [`ADOPTION_SOCKET`] until an agent answers or [`ORPHAN_LIFE`] has passed; then it drains and exits.
+//! worker calls at [`ADOPTION_SOCKET`] until an agent of the same user as the first answers or [`ORPHAN_LIFE`] has passed; then it drains and exits.
 //!
 //! A panic in one connection's task ends that connection (its sockets are reset as they are dropped) and nothing else.
 
@@ -93,6 +93,10 @@ impl Worker {
 
     /// Serves one agent after the other, until drained.
     async fn live(mut self, first: ControlSocket, adoption: &str) {
+        let owner = match first.peer() {
+            Ok(peer) => peer.uid,
+            Err(error) => return error!(%error, "who started this worker is not known"),
+        };
         let mut agent = first;
         let mut introduction = Vec::new();
         loop {
@@ -103,7 +107,7 @@ impl Worker {
                 return info!("drained");
             }
             warn!("the agent is gone; serving on with the last configuration");
-            let Some(next) = find_agent(adoption).await else {
+            let Some(next) = find_agent(adoption, owner).await else {
                 error!("no agent within {ORPHAN_LIFE:?}; draining");
                 return self.proxies.drain_all(ORPHAN_DRAIN).await;
             };
@@ -138,12 +142,13 @@ fn hello() -> ToAgent {
     ToAgent::Hello { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned() }
 }
 
-async fn find_agent(adoption: &str) -> Option<ControlSocket> {
+/// Calls until an agent of user `owner` answers.
+async fn find_agent(adoption: &str, owner: u32) -> Option<ControlSocket> {
     let until = Instant::now() + ORPHAN_LIFE;
     while Instant::now() < until {
         match ControlSocket::call(adoption).and_then(|agent| Ok((agent.peer()?.uid, agent))) {
-            // Anybody may bind an abstract name; sockets and policy are handed to root or to who started this worker.
-            Ok((uid, agent)) if uid == 0 || uid == rustix::process::geteuid().as_raw() => return Some(agent),
+            // Anybody may bind an abstract name. The worker's own user is no better than others: sandboxed tasks share it.
+            Ok((uid, agent)) if uid == owner => return Some(agent),
             Ok((uid, _)) => warn!(uid, "a process that is not an agent answers in its place; not followed"),
             Err(_) => {}
         }

@@ -214,6 +214,20 @@ impl Agent {
 }
 
 impl Orphan {
+    /// Somebody who runs as the worker does waits in the agent's place; returns when the worker has called there.
+    pub(crate) async fn call_impostor(&self) -> ControlSocket {
+        let (name, runtime) = (self.setup.name.clone(), tokio::runtime::Handle::current());
+        // Credentials are a thread's own, and a socket keeps those of the thread that listened.
+        let bind = move || {
+            let nobody = rustix::thread::Uid::from_raw(culvert_proxy::worker::NOBODY);
+            rustix::thread::set_thread_res_uid(nobody, nobody, nobody).expect("root may");
+            let _runtime = runtime.enter();
+            AdoptionListener::bind(&name).expect("bind")
+        };
+        let impostor = std::thread::spawn(bind).join().expect("bound");
+        soon("the worker calls", impostor.accept()).await.expect("accept").0
+    }
+
     /// The next agent.
     pub(crate) async fn adopt(mut self) -> Agent {
         let listener = AdoptionListener::bind(&self.setup.name).expect("bind");

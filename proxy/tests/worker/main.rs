@@ -13,6 +13,7 @@ use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use culvert_proxy::handoff::ToAgent;
 use culvert_types::RefusalReason;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -102,6 +103,25 @@ async fn the_worker_outlives_its_agent_and_is_taken_over() {
         next.count(|event| event.reason.as_deref() == Some(RefusalReason::Revoked.as_str())) > 0
     })
     .await;
+}
+
+#[tokio::test]
+async fn nobody_but_the_user_who_started_the_worker_takes_it_over() {
+    if !rustix::process::geteuid().is_root() {
+        assert!(std::env::var_os("CI").is_none(), "CI runs as root, so that this is tested");
+        return eprintln!("SKIPPED: needs root");
+    }
+    let agent = Agent::start(Setup::new("impostor", echo().await)).await;
+    let mut before = call(agent.upstream());
+    ping(&mut before).await.expect("with the agent");
+    let orphan = agent.die();
+    let impostor = orphan.call_impostor().await;
+    let said = soon("the worker hangs up", impostor.recv::<ToAgent>()).await;
+    assert!(matches!(said, Ok(None)), "not a word, and no listener: {said:?}");
+    drop(impostor);
+    let agent = orphan.adopt().await;
+    ping(&mut before).await.expect("with the next agent");
+    drop(agent);
 }
 
 #[tokio::test]
