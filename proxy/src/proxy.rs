@@ -206,12 +206,19 @@ impl Proxy {
     /// Puts one listener in force at `address`.
     async fn apply_listener(&mut self, address: SocketAddr, config: &Arc<config::Listener>) -> Result<(), String> {
         let before = self.listeners.get(&address).map(Listener::state);
+        let (mut config, mut problem) = (Arc::clone(config), None);
         let tls = match (&config.tls, &before) {
             (None, _) => None,
             (Some(tls), Some(before)) if before.config.tls.as_ref() == Some(tls) => before.tls.clone(),
-            (Some(tls), _) => match ServerContext::new(tls) {
-                Ok(context) => Some(Arc::new(context)),
-                Err(error) => return Err(format!("TLS: {error}")),
+            (Some(tls), before) => match (ServerContext::new(tls), before) {
+                (Ok(context), _) => Some(Arc::new(context)),
+                (Err(error), None) => return Err(format!("TLS: {error}")),
+                (Err(error), Some(before)) => {
+                    // The identity before serves on. Policy does not wait for a better one.
+                    config = Arc::new(config::Listener { tls: before.config.tls.clone(), ..(*config).clone() });
+                    problem = Some(format!("TLS: {error}"));
+                    before.tls.clone()
+                }
             },
         };
         let destination = self.destinations.get(&config.cluster).cloned();
@@ -220,20 +227,24 @@ impl Proxy {
                 (Some(before), Some(now)) => Arc::ptr_eq(before, now),
                 (before, now) => before.is_none() && now.is_none(),
             };
-            before.config == *config && same_destination
+            before.config == config && same_destination
         };
-        if before.as_deref().is_some_and(same) {
-            return Ok(());
+        if !before.as_deref().is_some_and(same) {
+            let state = State { config: Arc::clone(&config), tls, destination };
+            match self.listeners.get(&address) {
+                Some(listener) => listener.update(state),
+                None => self.listen(address, state).await?,
+            }
         }
-        let state = State { config: Arc::clone(config), tls, destination };
-        if let Some(listener) = self.listeners.get(&address) {
-            listener.update(state);
-            return Ok(());
-        }
+        problem.map_or(Ok(()), Err)
+    }
+
+    async fn listen(&mut self, address: SocketAddr, state: State) -> Result<(), String> {
+        let name = state.config.name.clone();
         let socket = self.context.sockets.listen(address).await.map_err(|error| format!("listen: {error}"))?;
         let listener =
             Listener::start(Arc::clone(&self.context), socket, state).map_err(|error| format!("listen: {error}"))?;
-        info!(proxy = self.context.id, listener = config.name, %address, "accepting");
+        info!(proxy = self.context.id, listener = name, %address, "accepting");
         self.listeners.insert(address, listener);
         Ok(())
     }

@@ -267,6 +267,29 @@ async fn a_policy_that_turns_to_deny_ends_live_connections_and_only_those_it_den
     timeout(PATIENCE, again).await.expect("allowed again");
 }
 
+#[tokio::test]
+async fn a_certificate_without_a_name_does_not_hold_back_a_deny() {
+    let mut mesh = Mesh::start(&["web"]).await;
+    let mut client = mesh.client();
+    ping(&mut client, b"allowed").await.expect("echo");
+    let mut two_names = leaf_params(&spiffe("api"));
+    two_names.subject_alt_names.push(crate::testing::uri(&spiffe("billing")));
+    let nameless = mesh.authority.identity_with(two_names);
+    mesh.inbound.change(|listener, _| {
+        let before = listener.tls.as_deref().expect("inbound");
+        listener.tls = Some(Arc::new(config::DownstreamTls { identity: nameless, ..before.clone() }));
+        listener.rbac = allow(&["admin"]);
+    });
+    assert_eq!(end(&mut client).await, Err(ErrorKind::ConnectionReset), "policy does not wait");
+    let reported = |status: &ProxyStatus| {
+        status.listeners[0].ready && status.listeners[0].error.as_ref().is_some_and(|error| error.contains("TLS"))
+    };
+    timeout(PATIENCE, mesh.inbound.status.wait_for(reported)).await.expect("in time").expect("reported");
+    assert_eq!(end(&mut mesh.client()).await, Err(ErrorKind::ConnectionReset), "new ones neither");
+    let refused = mesh.inbound.next(ConnectionKind::Refuse).await;
+    assert_eq!(refused.reason, Some(RefusalReason::Intention), "the identity before still serves");
+}
+
 /// No policy at all: what the configuration makes of an inbound listener without RBAC.
 #[tokio::test]
 async fn without_policy_everything_is_denied() {

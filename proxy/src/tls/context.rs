@@ -128,7 +128,8 @@ impl ClientContext {
     }
 }
 
-fn own_identity(identity: &Identity) -> Result<(PeerIdentity, Option<u64>), ContextError> {
+/// Who `identity` says we are, and until when, in seconds since 1970.
+pub(crate) fn own_identity(identity: &Identity) -> Result<(PeerIdentity, Option<u64>), ContextError> {
     let leaf = identity.chain().first().ok_or(ContextError::NoCertificate)?;
     let own = PeerIdentity::of_leaf(leaf).map_err(ContextError::OwnIdentity)?;
     let not_after = Leaf::read(leaf).ok().and_then(|leaf| leaf.not_after);

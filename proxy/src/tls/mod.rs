@@ -20,6 +20,7 @@ use std::sync::{Arc, LazyLock};
 
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 
+pub(crate) use context::own_identity;
 pub use context::{ClientContext, ContextError, ServerContext};
 pub(crate) use handshake::{Established, HandshakeError, accept, connect, greet};
 pub use leaf::{Leaf, LeafError};

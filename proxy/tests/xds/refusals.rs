@@ -17,7 +17,7 @@ use envoy_types::pb::envoy::extensions::filters::network::http_connection_manage
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::TcpProxy;
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::common_tls_context::ValidationContextType;
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
-    CertificateValidationContext, DownstreamTlsContext, TlsKeyLog, TlsParameters, UpstreamTlsContext,
+    CertificateValidationContext, CommonTlsContext, DownstreamTlsContext, TlsKeyLog, TlsParameters, UpstreamTlsContext,
 };
 use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use envoy_types::pb::envoy::r#type::v3::Percent;
@@ -404,6 +404,26 @@ fn limits_and_policies_are_read() {
     let parsed = parse_cluster("api", &any(&cluster)).expect("accepted");
     assert_eq!((parsed.cluster.max_connections, parsed.cluster.lb_policy), (Some(9), LbPolicy::LeastRequest));
     assert_eq!(parsed.endpoints_from.as_deref(), Some("api-endpoints"));
+}
+
+#[test]
+fn a_certificate_without_a_name_is_told_and_the_policy_beside_it_applies() {
+    let certificate = |common: &mut Option<CommonTlsContext>| {
+        let key = rcgen::KeyPair::generate().expect("key");
+        let leaf = rcgen::CertificateParams::default().self_signed(&key).expect("leaf");
+        let sent = &mut common.as_mut().expect("common").tls_certificates[0];
+        sent.certificate_chain = make::inline(&leaf.pem());
+        sent.private_key = make::inline(&key.serialize_pem());
+    };
+    let place = "common_tls_context.tls_certificates[0].certificate_chain: own certificate: ";
+    let listener = with_tls(|tls| certificate(&mut tls.common_tls_context));
+    let parsed = parse_listener(PUBLIC, &any(&listener)).expect("accepted");
+    let complaint = parsed.complaint.expect("complaint").to_string();
+    assert!(complaint.starts_with(&format!("filter_chains[0].transport_socket.{place}")), "{complaint}");
+    let good = parse_listener(PUBLIC, &any(&public(|_| {}))).expect("accepted").listener;
+    assert_eq!(parsed.listener.rbac, good.rbac);
+    let refused = cluster_error(&with_upstream_tls(|tls| certificate(&mut tls.common_tls_context)));
+    assert!(refused.starts_with(&format!("transport_socket.{place}")), "{refused}");
 }
 
 #[test]

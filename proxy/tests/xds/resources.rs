@@ -89,7 +89,7 @@ pub(crate) fn address(ip: &str, port: u32) -> Address {
     Address { address: Some(address::Address::SocketAddress(socket)) }
 }
 
-fn inline(text: &str) -> Option<DataSource> {
+pub(crate) fn inline(text: &str) -> Option<DataSource> {
     Some(DataSource { specifier: Some(Specifier::InlineString(text.to_owned())), ..DataSource::default() })
 }
 

@@ -29,8 +29,9 @@ const PUBLIC_PREFIX: &str = "public_listener:";
 pub struct ParsedListener {
     /// What to do.
     pub listener: Listener,
-    /// What was wrong with its policy or its explanation. An inbound listener whose RBAC cannot be read denies all instead
-    /// of going on with an older policy, which might be wider.
+    /// What was wrong with its policy, its explanation, or the name in its own certificate. An inbound listener whose RBAC
+    /// cannot be read denies all instead of going on with an older policy, which might be wider; one that does not know who
+    /// it is goes on with the identity before, if there was one, and with the new policy.
     pub complaint: Option<ResourceError>,
 }
 
@@ -111,12 +112,14 @@ pub fn parse_listener(name: &str, resource: &Any) -> Result<ParsedListener, Reso
     let address = socket_address(address, &path.field("address"))?;
     let chain = only_chain(filter_chains, &path)?;
     let chain_path = path.item("filter_chains", 0);
-    let socket = chain.transport_socket.map(|socket| tls::downstream(socket, &chain_path.field("transport_socket")));
+    let socket_path = chain_path.field("transport_socket");
+    let socket = chain.transport_socket.map(|socket| tls::downstream(socket, &socket_path));
     let tls = match (socket.transpose()?, direction) {
-        (None, Direction::Inbound) => return Err(chain_path.field("transport_socket").missing()),
-        (Some(_), Direction::Outbound) => return Err(chain_path.field("transport_socket").unsupported()),
+        (None, Direction::Inbound) => return Err(socket_path.missing()),
+        (Some(_), Direction::Outbound) => return Err(socket_path.unsupported()),
         (tls, _) => tls.map(Arc::new),
     };
+    let nameless = tls.as_ref().and_then(|tls| tls::nameless(&tls.identity, &socket_path));
     let mut filters = filters(chain.filters, direction, &chain_path)?;
     let proxy = filters.proxy.ok_or_else(|| chain_path.field("filters").invalid("no tcp_proxy at the end"))?;
     if direction == Direction::Inbound && filters.rbac.is_empty() {
@@ -136,7 +139,7 @@ pub fn parse_listener(name: &str, resource: &Any) -> Result<ParsedListener, Reso
         max_connect_attempts: proxy.max_connect_attempts,
         explain,
     };
-    Ok(ParsedListener { listener, complaint: filters.complaint.or(unexplained) })
+    Ok(ParsedListener { listener, complaint: filters.complaint.or(nameless).or(unexplained) })
 }
 
 /// `None` and `false` are the same for the flags that we refuse.

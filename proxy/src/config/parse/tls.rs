@@ -17,13 +17,14 @@ use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
 };
 use prost::{Message, Name};
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use zeroize::{Zeroize, Zeroizing};
 
 use super::error::{Path, ResourceError};
 use super::matcher::string_matcher;
 use super::{refuse, unpack};
 use crate::config::{DownstreamTls, Identity, StringMatcher, TlsVersion, UpstreamTls};
+use crate::tls::own_identity;
 
 /// Most certificates in the chain of an identity.
 pub const MAX_CHAIN: usize = 10;
@@ -97,6 +98,10 @@ pub(super) fn upstream(socket: TransportSocket, path: &Path<'_>) -> Result<Upstr
         return Err(path.field("sni").missing());
     }
     let common = common(common_tls_context, &path.field("common_tls_context"))?;
+    if let Some(problem) = nameless(&common.identity, path) {
+        return Err(problem);
+    }
+    ServerName::try_from(sni.as_str()).map_err(|_| path.field("sni").invalid(format!("{sni:?} is not a DNS name")))?;
     if common.san_matchers.is_empty() {
         // Envoy would accept every service of the trust domain as this one.
         return Err(path.field("common_tls_context.validation_context.match_typed_subject_alt_names").missing());
@@ -110,6 +115,12 @@ pub(super) fn upstream(socket: TransportSocket, path: &Path<'_>) -> Result<Upstr
         max_version: common.max_version,
         alpn: common.alpn,
     })
+}
+
+/// What is wrong with an identity that does not say who we are: handshakes need to know.
+pub(super) fn nameless(identity: &Identity, path: &Path<'_>) -> Option<ResourceError> {
+    let path = path.field("common_tls_context");
+    own_identity(identity).err().map(|error| path.item("tls_certificates", 0).field("certificate_chain").invalid(error))
 }
 
 fn typed_config<T: Message + Name + Default>(socket: TransportSocket, path: &Path<'_>) -> Result<T, ResourceError> {
