@@ -3,16 +3,15 @@
 //! A [`Proxy`] follows a stream of [`ProxyConfig`]s and changes as little as possible: a listener whose address stays keeps
 //! its socket, TLS that stays is not made again, counts of instances go on, connections that are open are judged anew by the
 //! policy that changed and otherwise left alone. A listener that is gone stops accepting at once and its connections may
-//! go on for [`LISTENER_DRAIN`].
+//! go on for [`LISTENER_DRAIN`], those of a proxy that is stopped until its deadline; they obey policy to their end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::join_all;
 use tokio::sync::{Semaphore, oneshot, watch};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
 use crate::balance::Destination;
@@ -20,6 +19,7 @@ use crate::config::{self, Direction, ProxyConfig};
 use crate::events::Events;
 use crate::handoff::{ListenerStatus, Nack, ProxyStatus};
 use crate::l4::{Listener, State};
+use crate::rbac::Rbac;
 use crate::sockets::Sockets;
 use crate::threads::Placement;
 use crate::tls::ServerContext;
@@ -54,8 +54,10 @@ impl std::fmt::Debug for Context {
 pub struct Proxy {
     context: Arc<Context>,
     destinations: BTreeMap<String, Arc<Destination>>,
-    listeners: BTreeMap<SocketAddr, Listener>,
+    listeners: BTreeMap<SocketAddr, Arc<Listener>>,
     statuses: BTreeMap<SocketAddr, ListenerStatus>,
+    /// Listeners that accept no more, as long as they have connections.
+    closed: Vec<Arc<Listener>>,
     drains: tokio::task::JoinSet<()>,
 }
 
@@ -85,6 +87,7 @@ impl Proxy {
             destinations: BTreeMap::new(),
             listeners: BTreeMap::new(),
             statuses: BTreeMap::new(),
+            closed: Vec::new(),
             drains: tokio::task::JoinSet::new(),
         }
     }
@@ -128,17 +131,30 @@ impl Proxy {
                 Some(_) = self.drains.join_next() => {}
             }
         };
-        self.drain(deadline).await;
+        self.drain(feed.config, deadline).await;
     }
 
-    async fn drain(mut self, deadline: Duration) {
+    /// Lets connections go on until `deadline` from now. Policy changes meanwhile, too.
+    async fn drain(mut self, mut configs: watch::Receiver<Arc<ProxyConfig>>, deadline: Duration) {
         info!(proxy = self.context.id, ?deadline, "draining");
-        for address in self.listeners.keys() {
-            self.context.sockets.forget(*address);
+        for address in self.listeners.keys().copied().collect::<Vec<_>>() {
+            self.remove(address, deadline);
         }
-        join_all(std::mem::take(&mut self.listeners).into_values().map(|listener| listener.drain(deadline))).await;
-        if tokio::time::timeout(deadline, async { while self.drains.join_next().await.is_some() {} }).await.is_err() {
-            warn!(proxy = self.context.id, "connections of removed listeners are still open");
+        let end = sleep(deadline);
+        let mut end = std::pin::pin!(end);
+        let (mut following, mut in_time) = (true, true);
+        while !self.drains.is_empty() {
+            let config = Arc::clone(&configs.borrow_and_update());
+            self.judge_closed(&config);
+            tokio::select! {
+                _ = self.drains.join_next() => {}
+                changed = configs.changed(), if following => following = changed.is_ok(),
+                // For those of listeners that were removed before, which may have more time of their own.
+                () = &mut end, if in_time => {
+                    in_time = false;
+                    self.closed.iter().for_each(|listener| listener.end_all());
+                }
+            }
         }
     }
 
@@ -161,8 +177,9 @@ impl Proxy {
         let gone: Vec<SocketAddr> =
             self.listeners.keys().filter(|address| !wanted.contains_key(address)).copied().collect();
         for address in gone {
-            self.remove(address);
+            self.remove(address, LISTENER_DRAIN);
         }
+        self.judge_closed(config);
         self.statuses.retain(|address, _| wanted.contains_key(address));
         let mut all = true;
         for (address, listener) in wanted {
@@ -205,7 +222,7 @@ impl Proxy {
 
     /// Puts one listener in force at `address`.
     async fn apply_listener(&mut self, address: SocketAddr, config: &Arc<config::Listener>) -> Result<(), String> {
-        let before = self.listeners.get(&address).map(Listener::state);
+        let before = self.listeners.get(&address).map(|listener| listener.state());
         let (mut config, mut problem) = (Arc::clone(config), None);
         let tls = match (&config.tls, &before) {
             (None, _) => None,
@@ -245,15 +262,34 @@ impl Proxy {
         let listener =
             Listener::start(Arc::clone(&self.context), socket, state).map_err(|error| format!("listen: {error}"))?;
         info!(proxy = self.context.id, listener = name, %address, "accepting");
-        self.listeners.insert(address, listener);
+        self.listeners.insert(address, Arc::new(listener));
         Ok(())
     }
 
-    fn remove(&mut self, address: SocketAddr) {
+    fn remove(&mut self, address: SocketAddr, deadline: Duration) {
         self.context.sockets.forget(address);
         if let Some(listener) = self.listeners.remove(&address) {
             info!(proxy = self.context.id, %address, "listener removed");
-            self.drains.spawn(listener.drain(LISTENER_DRAIN));
+            self.closed.push(Arc::clone(&listener));
+            self.drains.spawn(async move { listener.drain(deadline).await });
+        }
+    }
+
+    /// Judges the connections of closed listeners by the policy of `config`. Without one they may not go on.
+    fn judge_closed(&mut self, config: &ProxyConfig) {
+        self.closed.retain(|listener| !listener.is_over());
+        for listener in &self.closed {
+            let before = listener.state();
+            if before.config.direction != Direction::Inbound {
+                continue;
+            }
+            let (rbac, explain) = match config.successor_of(&before.config) {
+                Some(now) => (Arc::clone(&now.rbac), now.explain.clone()),
+                None => ([Rbac::deny_all()].into(), None),
+            };
+            let now = config::Listener { rbac, explain, ..(*before.config).clone() };
+            let (tls, destination) = (before.tls.clone(), before.destination.clone());
+            listener.update(State { config: Arc::new(now), tls, destination });
         }
     }
 

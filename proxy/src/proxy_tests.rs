@@ -624,6 +624,45 @@ async fn what_outlives_the_deadline_of_a_drain_is_reset() {
     assert_eq!((event.reason, event.detail.as_deref()), (None, Some("the proxy was stopped")));
 }
 
+/// Whatever takes a listener away, a deny ends what it accepted.
+#[tokio::test]
+async fn connections_that_may_finish_obey_policy_meanwhile() {
+    type Take = fn(&mut Mesh);
+    let stop: Take = |mesh| {
+        mesh.inbound.stop.take().expect("running").send(Duration::from_secs(600)).expect("running");
+    };
+    let move_it: Take = |mesh| mesh.inbound.change(|listener, _| listener.address = free_port());
+    for (what, take) in [("stopped", stop), ("moved", move_it)] {
+        let mut mesh = Mesh::start(&["web"]).await;
+        let mut client = mesh.client();
+        ping(&mut client, b"before").await.expect("echo");
+        let before = mesh.inbound.address;
+        take(&mut mesh);
+        let closed = async {
+            while TcpStream::connect(before).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, closed).await.expect("no listener any more");
+        ping(&mut client, b"during").await.expect("an open connection goes on");
+        mesh.inbound.change(|listener, _| listener.rbac = allow(&["web", "admin"]));
+        ping(&mut client, b"allowed").await.expect("a policy that allows changes nothing");
+        mesh.inbound.change(|listener, _| listener.rbac = allow(&["admin"]));
+        assert_eq!(end(&mut client).await, Err(ErrorKind::ConnectionReset), "{what}");
+        assert_eq!(mesh.inbound.next(ConnectionKind::Close).await.reason, Some(RefusalReason::Revoked), "{what}");
+    }
+}
+
+#[tokio::test]
+async fn without_a_listener_that_says_who_may_connect_nobody_may() {
+    let mut mesh = Mesh::start(&["web"]).await;
+    let mut client = mesh.client();
+    ping(&mut client, b"before").await.expect("echo");
+    mesh.inbound.config.send_replace(Arc::default());
+    assert_eq!(end(&mut client).await, Err(ErrorKind::ConnectionReset));
+    assert_eq!(mesh.inbound.next(ConnectionKind::Close).await.reason, Some(RefusalReason::Revoked));
+}
+
 #[tokio::test]
 async fn a_changed_address_moves_the_listener_and_an_unchanged_one_keeps_its_socket() {
     let mut mesh = Mesh::start(&["web"]).await;

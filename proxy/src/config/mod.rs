@@ -37,4 +37,12 @@ impl ProxyConfig {
     pub fn cluster_of(&self, listener: &Listener) -> Option<&Arc<Cluster>> {
         self.clusters.get(&listener.cluster)
     }
+
+    /// What holds now for connections that `closed`, an inbound listener, accepted: the listener of its name, or else the
+    /// one that leads to the same application. `None` means that nobody says any more who may be connected.
+    #[must_use]
+    pub fn successor_of(&self, closed: &Listener) -> Option<&Arc<Listener>> {
+        let mut inbound = self.listeners.values().filter(|listener| listener.direction == Direction::Inbound);
+        self.listeners.get(&closed.name).or_else(|| inbound.find(|listener| listener.cluster == closed.cluster))
+    }
 }

@@ -66,7 +66,10 @@ pub(crate) struct Shared {
     next: AtomicU64,
     /// Cancelled when the last connection of a closed listener is gone.
     empty: CancellationToken,
+    /// Asks to accept no more.
     closed: CancellationToken,
+    /// Cancelled when no more will be accepted.
+    stopped: CancellationToken,
 }
 
 /// A listener that accepts. Dropping it closes the socket; connections go on until [`Listener::drain`] says otherwise.
@@ -88,10 +91,13 @@ impl Listener {
             next: AtomicU64::new(0),
             empty: CancellationToken::new(),
             closed: CancellationToken::new(),
+            stopped: CancellationToken::new(),
         });
         let place = shared.context.threads.place();
         let accepting = Arc::clone(&shared);
+        let stopped = shared.stopped.clone().drop_guard();
         place.handle.spawn(async move {
+            let _stopped = stopped;
             match TcpListener::from_std(socket) {
                 Ok(listener) => accepting.accept_until_closed(listener).await,
                 Err(error) => warn!(%error, "cannot poll a listening socket"),
@@ -123,18 +129,30 @@ impl Listener {
         }
     }
 
-    /// Stops accepting, lets connections go on until `deadline` from now, then ends the rest.
-    pub(crate) async fn drain(self, deadline: Duration) {
-        let Shared { closed, empty, open, .. } = &*self.shared;
+    /// Stops accepting, lets connections go on until `deadline` from now, then ends the rest. Until then they obey
+    /// [`Self::update`].
+    pub(crate) async fn drain(&self, deadline: Duration) {
+        let Shared { closed, stopped, empty, .. } = &*self.shared;
         closed.cancel();
-        if open.lock().is_empty() {
+        stopped.cancelled().await;
+        if self.is_over() {
             return;
         }
         if tokio::time::timeout(deadline, empty.cancelled()).await.is_err() {
-            for live in open.lock().values() {
-                live.end(None, "the proxy was stopped".to_owned());
-            }
+            self.end_all();
             empty.cancelled().await;
+        }
+    }
+
+    /// It accepts no more, and no connection is left.
+    pub(crate) fn is_over(&self) -> bool {
+        self.shared.stopped.is_cancelled() && self.shared.open.lock().is_empty()
+    }
+
+    /// Ends what is open.
+    pub(crate) fn end_all(&self) {
+        for live in self.shared.open.lock().values() {
+            live.end(None, "the proxy was stopped".to_owned());
         }
     }
 }
@@ -232,7 +250,7 @@ impl Drop for Entry {
     fn drop(&mut self) {
         let mut open = self.shared.open.lock();
         open.remove(&self.id);
-        if open.is_empty() && self.shared.closed.is_cancelled() {
+        if open.is_empty() && self.shared.stopped.is_cancelled() {
             self.shared.empty.cancel();
         }
     }
