@@ -132,7 +132,7 @@ async fn serve(
     };
     let network = Arc::new(Network::open(network).await.context("workload network")?);
     network.warnings().iter().for_each(|warning| warn!("{warning}"));
-    let (datapath, kernel_events) = load_datapath(&settings, &routes_state)?;
+    let (datapath, kernel_events) = load_datapath(&settings, &network, &routes_state)?;
     let policy = PolicyEngine::new(datapath, control.mesh());
     tokio::spawn(Arc::clone(&policy).run());
     if let Some(events) = kernel_events {
@@ -226,12 +226,13 @@ fn reloadable(settings: &Settings) -> Reloadable {
 
 fn load_datapath(
     settings: &Settings,
+    network: &Network,
     state: &RouteState,
 ) -> anyhow::Result<(Option<Datapath>, Option<mpsc::Receiver<crate::datapath::KernelEvent>>)> {
     let loaded = if settings.ebpf.enabled {
         unified_root().map_err(|error| format!("cgroup2: {error}")).and_then(|root| {
             let config = DatapathConfig::new(settings.ebpf.bpf_dir.clone(), root.join(&settings.cgroup_parent));
-            Datapath::load(&config).map_err(|error| chain(&error))
+            Datapath::load(&DatapathConfig { hairpin: network.hairpin(), ..config }).map_err(|error| chain(&error))
         })
     } else {
         Err("turned off by configuration".to_owned())

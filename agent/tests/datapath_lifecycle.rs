@@ -17,7 +17,9 @@ use common::{
     APP, EchoServer, PATIENCE, Pair, World, echo, eventually, generations, greeting, links, table, upstream4, upstream6,
 };
 use culvert_agent::datapath::{Datapath, DatapathConfig, FlowEnds, KernelEvent, PortKind};
-use culvert_ebpf_common::{Address, Auth, FlowKey, PortKey, PortRule, Quota, Upstream, UpstreamKey, Workload, map};
+use culvert_ebpf_common::{
+    Address, Auth, FlowKey, LAYOUT, PortKey, PortRule, Quota, Upstream, UpstreamKey, Workload, map,
+};
 use socket2::{Domain, Socket, Type};
 
 #[test]
@@ -206,7 +208,7 @@ fn programs_of_another_layout_are_replaced_without_a_failed_connection() {
     let Pair { datapath, events, a, b, world } = pair;
     drop((datapath, events));
     let bpf_dir = world.config().bpf_dir;
-    fs::rename(bpf_dir.join("v1-1"), bpf_dir.join("v0-1")).expect("as if of another layout");
+    fs::rename(bpf_dir.join(format!("v{LAYOUT}-1")), bpf_dir.join("v0-1")).expect("as if of another layout");
     traffic.more(20);
     let (datapath, events) = world.load();
     traffic.more(20);
@@ -217,7 +219,7 @@ fn programs_of_another_layout_are_replaced_without_a_failed_connection() {
     pair.datapath.finish_takeover().expect("taken over");
     traffic.more(20);
     traffic.finish();
-    assert_eq!(generations(&pair.world), [bpf_dir.join("v1-2")]);
+    assert_eq!(generations(&pair.world), [bpf_dir.join(format!("v{LAYOUT}-2"))]);
     assert_eq!(links(&pair.world).len(), pair.links_expected());
 }
 

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -19,6 +19,8 @@ pub struct DatapathConfig {
     pub bpf_dir: PathBuf,
     /// The cgroup (version 2) above all workloads; made if it does not exist. See [`unified_root`].
     pub cgroup: PathBuf,
+    /// Sources that stand for some workload of this node, and never for the host or what is beyond; default none.
+    pub hairpin: Vec<IpAddr>,
     /// How long leave to open a connection lasts; default 130 s, longer than a SYN is retransmitted.
     pub auth_ttl: Duration,
     /// Most half-open direct connections per workload; default 1024. Further ones go through the worker.
@@ -34,6 +36,7 @@ impl DatapathConfig {
         Self {
             bpf_dir,
             cgroup,
+            hairpin: Vec::new(),
             auth_ttl: Duration::from_nanos(DEFAULT_AUTH_TTL),
             auth_cap: DEFAULT_AUTH_CAP,
             refusals_per_second: DEFAULT_REFUSALS_PER_SECOND,

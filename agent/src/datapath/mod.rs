@@ -144,6 +144,8 @@ impl Datapath {
         let tc = probe::probe(&mut kernel)?;
         let written = kernel.settings.set(0, config.settings(), 0);
         written.map_err(|error| DatapathUnavailable::new("write the settings", &error))?;
+        let written = workloads::write_hairpin(&mut kernel, &config.hairpin);
+        written.map_err(|error| DatapathUnavailable::new("write the addresses of hairpins", &error))?;
         for name in CGROUP_PROGRAMS {
             let attached = kernel.program(name).and_then(|program| {
                 generation

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use aya::maps::{HashMap, MapData, MapError, SockHash};
 use culvert_ebpf_common::{
-    Address, FAMILY_V4, FAMILY_V6, ListenerKey, PortKey, PortRule, Quota, WORKLOAD_GUARDED, WORKLOAD_LOOKUP, Workload,
+    Address, FAMILY_V4, FAMILY_V6, ListenerKey, PortKey, PortRule, Quota, SOME_WORKLOAD, WORKLOAD_GUARDED,
+    WORKLOAD_LOOKUP, Workload,
 };
 use parking_lot::Mutex;
 use tokio::task::spawn_blocking;
@@ -221,6 +222,19 @@ impl Datapath {
         remove_if(&mut kernel.ports, |key| key.workload == id).map_err(table("PORTS"))?;
         ignore_absent(kernel.quota.remove(&id)).map_err(table("QUOTA"))
     }
+}
+
+/// Makes exactly `addresses` those of the workload that stands for all of them, [`SOME_WORKLOAD`].
+pub(super) fn write_hairpin(kernel: &mut Kernel, addresses: &[IpAddr]) -> Result<(), TableError> {
+    let table = |source| TableError { table: "WORKLOAD_ADDR", source };
+    let entry = Workload { id: SOME_WORKLOAD, ..Workload::default() };
+    let keys: Vec<Address> = addresses.iter().copied().map(Address::from).collect();
+    for key in &keys {
+        kernel.workload_addr.insert(key, entry, 0).map_err(table)?;
+    }
+    let present = kernel.workload_addr.iter().collect::<Result<Vec<_>, _>>().map_err(table)?;
+    let stale = present.iter().filter(|(key, workload)| workload.id == SOME_WORKLOAD && !keys.contains(key));
+    stale.map(|(key, _)| key).try_for_each(|key| ignore_absent(kernel.workload_addr.remove(key))).map_err(table)
 }
 
 pub(super) fn link_name(workload: u32, kind: &str) -> String {

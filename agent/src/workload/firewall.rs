@@ -4,6 +4,7 @@
 //! remember, nothing half applied, and applying again changes nothing. Connections in progress live in conntrack and are
 //! not touched by it.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::settings::Subnet4;
-use super::state::Guarded;
+use super::state::{GATEWAY, Guarded};
 use super::types::PortMap;
 
 /// Where `nft` is when root's PATH lacks the system directories.
@@ -53,6 +54,9 @@ pub(super) struct Ruleset<'a> {
     pub(super) subnet: Subnet4,
     /// The /64, where the host has IPv6.
     pub(super) ula: Option<Ipv6Addr>,
+    /// Sources of what workloads send to each other's published ports.
+    pub(super) hairpin4: Ipv4Addr,
+    pub(super) hairpin6: Option<Ipv6Addr>,
     pub(super) guarded: &'a Guarded,
     /// Published ports with the addresses of the allocation behind them.
     pub(super) ports: Vec<(Ipv4Addr, Option<Ipv6Addr>, &'a PortMap)>,
@@ -116,15 +120,25 @@ impl Ruleset<'_> {
 
     fn masquerade(&self) -> Vec<String> {
         let (bridge, Subnet4 { network, prefix }) = (self.bridge, self.subnet);
-        let mut rules = vec![
-            // The host itself, through a published port on 127.0.0.1.
-            format!("oifname \"{bridge}\" ip saddr 127.0.0.0/8 masquerade"),
-            // A workload that reaches another one, or itself, through a published port: the answer must come back here.
-            format!("oifname \"{bridge}\" ip saddr {network}/{prefix} ct status dnat masquerade"),
-            format!("oifname != \"{bridge}\" ip saddr {network}/{prefix} masquerade"),
-        ];
-        if let Some(ula) = self.ula {
-            rules.push(format!("oifname \"{bridge}\" ip6 saddr {ula}/64 ct status dnat masquerade"));
+        // The host itself, through a published port on 127.0.0.1.
+        let mut rules = vec![format!("oifname \"{bridge}\" ip saddr 127.0.0.0/8 masquerade")];
+        // A workload that reaches itself, or another one, through a published port: the answer must come back here. Itself it may
+        // reach, as the host may. Another one must not take it for the host: its ports of mesh services are closed to workloads.
+        let published: BTreeSet<_> = self.ports.iter().map(|(addr4, addr6, _)| (*addr4, *addr6)).collect();
+        for (addr4, addr6) in published {
+            rules.push(format!("oifname \"{bridge}\" ip saddr {addr4} ip daddr {addr4} ct status dnat masquerade"));
+            rules.extend(addr6.map(|addr6| {
+                format!("oifname \"{bridge}\" ip6 saddr {addr6} ip6 daddr {addr6} ct status dnat masquerade")
+            }));
+        }
+        let (gateway, hairpin) = (self.subnet.host(GATEWAY), self.hairpin4);
+        let workloads = format!("ip saddr {network}/{prefix} ip saddr != {gateway}");
+        rules.push(format!("oifname \"{bridge}\" {workloads} ct status dnat snat ip to {hairpin}"));
+        rules.push(format!("oifname != \"{bridge}\" ip saddr {network}/{prefix} masquerade"));
+        if let (Some(ula), Some(hairpin)) = (self.ula, self.hairpin6) {
+            let gateway = Ipv6Addr::from_bits(ula.to_bits() | u128::from(GATEWAY));
+            let workloads = format!("ip6 saddr {ula}/64 ip6 saddr != {gateway}");
+            rules.push(format!("oifname \"{bridge}\" {workloads} ct status dnat snat ip6 to {hairpin}"));
             rules.push(format!("oifname != \"{bridge}\" ip6 saddr {ula}/64 masquerade"));
         }
         rules
@@ -237,6 +251,8 @@ mod tests {
             bridge: "culvert0",
             subnet: Subnet4 { network: Ipv4Addr::new(172, 26, 64, 0), prefix: 20 },
             ula: "fd00::".parse().ok(),
+            hairpin4: Ipv4Addr::new(169, 254, 172, 26),
+            hairpin6: "fd00:0:0:1::1".parse().ok(),
             guarded: &guarded,
             ports: vec![(addr4, addr6, &everywhere), (addr4, addr6, &one)],
         };
@@ -248,6 +264,9 @@ mod tests {
         assert_eq!(count("ip daddr 10.0.0.1 meta l4proto { tcp, udp } th dport 53 dnat ip to 172.26.64.5:5353"), 2);
         assert_eq!(count("5353"), 2, "an IPv4 address is published for IPv4 alone");
         assert_eq!(count("iifname \"eth0\" oifname != \"culvert0\""), 2, "{script}");
+        assert_eq!(count("ip saddr != 172.26.64.1 ct status dnat snat ip to 169.254.172.26"), 1, "{script}");
+        assert_eq!(count("ip6 saddr != fd00::1 ct status dnat snat ip6 to fd00:0:0:1::1"), 1, "{script}");
+        assert_eq!(count("ip saddr 172.26.64.5 ip daddr 172.26.64.5 ct status dnat masquerade"), 1, "{script}");
         assert_eq!(script.matches('{').count(), script.matches('}').count());
     }
 

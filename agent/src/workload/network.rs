@@ -26,6 +26,10 @@ const INSIDE: &str = "eth0";
 /// Prefix length of the workload's IPv6 network.
 pub(super) const PREFIX6: u8 = 64;
 
+/// Source of what workloads send to each other's published ports, over IPv4. It is on no link: answers take the way to the
+/// gateway, where the translation is undone.
+const HAIRPIN4: Ipv4Addr = Ipv4Addr::new(169, 254, 172, 26);
+
 /// The network could not be changed as asked.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
@@ -170,7 +174,7 @@ impl Network {
     }
 
     /// The gateway's IPv4 address: the host as workloads see it, and the source of what comes through published ports
-    /// from the host itself or from another workload.
+    /// from the host itself, or from the workload itself.
     #[must_use]
     pub fn gateway4(&self) -> Ipv4Addr {
         self.settings.subnet.host(GATEWAY)
@@ -180,6 +184,18 @@ impl Network {
     #[must_use]
     pub fn gateway6(&self) -> Option<Ipv6Addr> {
         self.ula.map(|ula| Ipv6Addr::from_bits(ula.to_bits() | u128::from(GATEWAY)))
+    }
+
+    /// The sources of what workloads send to each other's published ports: no address of a workload, nor of the host, so that
+    /// the guard of a port can tell.
+    #[must_use]
+    pub fn hairpin(&self) -> Vec<IpAddr> {
+        std::iter::once(IpAddr::V4(HAIRPIN4)).chain(self.hairpin6().map(IpAddr::V6)).collect()
+    }
+
+    /// Of the neighbouring /64: on no link, as [`HAIRPIN4`].
+    fn hairpin6(&self) -> Option<Ipv6Addr> {
+        self.ula.map(|ula| Ipv6Addr::from_bits((ula.to_bits() ^ 1 << 64) | u128::from(GATEWAY)))
     }
 
     /// The settings it was opened with.
@@ -380,6 +396,8 @@ impl Network {
             bridge: &self.settings.bridge,
             subnet: self.settings.subnet,
             ula: self.ula,
+            hairpin4: HAIRPIN4,
+            hairpin6: self.hairpin6(),
             guarded: state.guarded(),
             ports: ports.collect(),
         };

@@ -24,7 +24,7 @@ pub use tables::*;
 
 /// Layout of the maps and of their meaning. Raise it whenever a key, a value, a map type or the sense of a field changes:
 /// objects pinned under another layout are never reused.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Names of the maps, as in the object and as pinned; at most 15 bytes, the kernel's limit.
 pub mod map {

@@ -118,6 +118,9 @@ pub const FAMILY_V4: u8 = 2;
 /// `AF_INET6`.
 pub const FAMILY_V6: u8 = 10;
 
+/// Id of the entry whose addresses any workload may have as its source: a translation on the way has hidden which.
+pub const SOME_WORKLOAD: u32 = 0;
+
 /// The program that refuses with a reset, `sk_lookup`, is attached in the workload's namespace.
 pub const WORKLOAD_LOOKUP: u32 = 1;
 /// Both programs on the host's end of the veth are attached.
@@ -154,7 +157,7 @@ impl From<[u8; 6]> for Mac {
 pub struct Workload {
     /// Cookie of its network namespace.
     pub netns_cookie: u64,
-    /// Its id, from 1.
+    /// Its id, from 1; or [`SOME_WORKLOAD`].
     pub id: u32,
     /// [`WORKLOAD_LOOKUP`], [`WORKLOAD_GUARDED`].
     pub flags: u32,

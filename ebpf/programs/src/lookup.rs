@@ -8,7 +8,8 @@ use aya_ebpf::maps::SockHash;
 use aya_ebpf::programs::SkLookupContext;
 use culvert_ebpf_common::event::{PROTOCOL_TCP, PROTOCOL_UDP};
 use culvert_ebpf_common::{
-    Address, Admission, Arrival, EventKind, FAMILY_V4, FAMILY_V6, FlowKey, LISTENER_SLOTS, ListenerKey, Source, admit,
+    Address, Admission, Arrival, EventKind, FAMILY_V4, FAMILY_V6, FlowKey, LISTENER_SLOTS, ListenerKey, SOME_WORKLOAD,
+    Source, admit,
 };
 
 use crate::tables::{LISTENERS, STEERED, authorised, field, port_kind, words, workload_by_address};
@@ -22,7 +23,7 @@ pub fn lookup(ctx: &SkLookupContext) -> bool {
         return true;
     }
     let own = flow.source.same(&flow.destination);
-    let Some(workload) = workload_by_address(&flow.destination) else {
+    let Some(workload) = workload_by_address(&flow.destination).filter(|workload| workload.id != SOME_WORKLOAD) else {
         // An address that the workload gave itself. Datagrams were judged on the veth; a connection has no business there.
         return own || protocol != PROTOCOL_TCP;
     };
