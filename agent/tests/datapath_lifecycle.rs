@@ -202,8 +202,9 @@ fn connections_go_on_while_agents_come_and_go() {
 #[test]
 fn programs_of_another_layout_are_replaced_without_a_failed_connection() {
     let Some(pair) = Pair::new("layout") else { return };
+    let _proxy = EchoServer::start(pair.a.run(|| TcpListener::bind(upstream4()).expect("a port")), "b");
     let _server = pair.b.serve("127.0.0.1:9001", "b");
-    let traffic = Traffic::start(&pair);
+    let traffic = Traffic::either(&pair);
     traffic.more(20);
     let Pair { datapath, events, a, b, world } = pair;
     drop((datapath, events));
@@ -221,6 +222,28 @@ fn programs_of_another_layout_are_replaced_without_a_failed_connection() {
     traffic.finish();
     assert_eq!(generations(&pair.world), [bpf_dir.join(format!("v{LAYOUT}-2"))]);
     assert_eq!(links(&pair.world).len(), pair.links_expected());
+}
+
+#[test]
+fn programs_of_another_layout_let_nothing_through_and_go_on_keeping_out() {
+    let Some(pair) = Pair::new("layoutvoid") else { return };
+    let (_proxy, _server) = (pair.proxy(), pair.b.serve("0.0.0.0:9001", "b"));
+    let way = |a: &common::TestWorkload| a.connect(upstream4()).map(|mut stream| greeting(&mut stream));
+    assert_eq!(way(&pair.a).expect("direct"), "b");
+    let Pair { datapath, events, a, b, world } = pair;
+    drop((datapath, events));
+    let bpf_dir = world.config().bpf_dir;
+    fs::rename(bpf_dir.join(format!("v{LAYOUT}-1")), bpf_dir.join("v0-1")).expect("as if of another layout");
+    assert_eq!(way(&a).expect("direct"), "b", "as long as no agent is there");
+    let (mut datapath, _events) = world.load();
+    assert_eq!(way(&a).expect("proxied"), "proxy", "nobody keeps that leave in line with policy");
+    // One of them cannot come up under the new programs; the other has, and the tables are in line.
+    datapath.attach(&a.links()).expect("attached");
+    datapath.apply(&BTreeMap::new()).expect("applied");
+    assert_eq!(way(&a).expect("proxied"), "proxy");
+    let refused = a.connect((b.addr4, APP)).expect_err("guarded by the former programs");
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    assert_eq!(generations(&world).len(), 2);
 }
 
 #[test]

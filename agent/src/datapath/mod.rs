@@ -5,8 +5,8 @@
 //! here means "proxied", never "allowed".
 //!
 //! Programs, maps and links outlive the agent. [`Datapath::load`] finds what an earlier agent left: maps of the same layout go on being
-//! used, and links are pointed at the new programs without a moment in between. What another layout left works beside the new until
-//! [`Datapath::finish_takeover`].
+//! used, and links are pointed at the new programs without a moment in between. What another layout left lets nothing through any
+//! more, and goes on keeping out until [`Datapath::finish_takeover`].
 //!
 //! Calls are made on a thread in the agent's own network namespace, where the host's ends of the veths are.
 
@@ -56,7 +56,7 @@ use self::revoke::FlowPair;
 use self::workloads::Workloads;
 use crate::sys::bpf::{self, AttachType, LinkTarget};
 
-/// Between the end of a former layout's connect programs and that of its other programs: longer than a SYN is on its way.
+/// Between the end of a former layout's connect programs and that of its leave: longer than a SYN is on its way.
 pub const TAKEOVER_GRACE: Duration = Duration::from_millis(200);
 
 /// The kernel programs of this node, and their tables.
@@ -113,9 +113,7 @@ impl Datapath {
         pins::ensure_directory(&config.bpf_dir).map_err(unavailable("mount the BPF file system"))?;
         let (generation, older) = Generation::choose(&config.bpf_dir, LAYOUT).map_err(unavailable("read pins"))?;
         let (kernel, ring, tc) = Self::load_generation(config, target, &generation)?;
-        if !older.is_empty() {
-            info!(count = older.len(), "taking over from kernel programs of another layout");
-        }
+        void(&older).map_err(unavailable("end what programs of another layout let through"))?;
         let workloads = Workloads::default();
         let lost_events = Arc::new(AtomicU64::new(0));
         let (sender, receiver) = mpsc::channel(EVENT_QUEUE);
@@ -204,22 +202,13 @@ impl Datapath {
         Ok(ended)
     }
 
-    /// Removes what programs of another layout have left, once every live workload was attached and the tables were applied. Until
-    /// then both work side by side: a connection that either has given leave to is let through. Waits [`TAKEOVER_GRACE`] if there is
-    /// something to remove. Connections that the former programs had opened live on, but tell the instance's address as their
-    /// peer's, and their end is not told.
+    /// Removes what programs of another layout have left, once every live workload was attached: until then they guard it.
+    /// Connections that the former programs had opened live on, but tell the instance's address as their peer's, and their end is
+    /// not told.
     ///
     /// # Errors
     /// When a pin cannot be removed; may be repeated.
     pub fn finish_takeover(&mut self) -> io::Result<()> {
-        if self.older.is_empty() {
-            return Ok(());
-        }
-        for generation in &self.older {
-            // First nobody is led by them any more, then nobody needs their leave.
-            generation.remove_links("connect")?;
-        }
-        thread::sleep(TAKEOVER_GRACE);
         while let Some(generation) = self.older.last() {
             generation.remove()?;
             self.older.pop();
@@ -265,6 +254,17 @@ impl Datapath {
     pub fn use_clsact(&mut self) {
         self.tc = TcMode::Clsact;
     }
+}
+
+/// Ends what programs of other layouts let through: first nobody is led by them any more, then nobody has their leave.
+fn void(older: &[Generation]) -> io::Result<()> {
+    if older.is_empty() {
+        return Ok(());
+    }
+    info!(count = older.len(), "taking over from kernel programs of another layout");
+    older.iter().try_for_each(|generation| generation.remove_links("connect"))?;
+    thread::sleep(TAKEOVER_GRACE);
+    older.iter().try_for_each(Generation::void)
 }
 
 fn cgroup_attach_type(program: &str) -> AttachType {

@@ -146,6 +146,15 @@ impl Generation {
         self.link_names()?.iter().filter(|name| name.starts_with(prefix)).try_for_each(|name| self.remove_link(name))
     }
 
+    /// Takes away what lets connections through; what keeps packets out stays. Nobody keeps the tables of another layout in line
+    /// with policy.
+    pub(super) fn void(&self) -> io::Result<()> {
+        match bpf::open_pinned(&self.map(culvert_ebpf_common::map::UPSTREAM)) {
+            Ok(map) => bpf::empty_map(map),
+            Err(error) => absent_is_fine(Err(error)),
+        }
+    }
+
     /// Removes everything of this generation, links first.
     pub(super) fn remove(&self) -> io::Result<()> {
         for part in ["links", "maps"] {

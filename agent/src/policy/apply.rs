@@ -223,6 +223,7 @@ impl Inner {
         {
             warn!(workload = id, error = chain(&error), "kernel programs of a workload are not all removed");
         }
+        self.finish_takeover();
     }
 
     fn steer(&mut self, proxy: &str, port: u16, listener: &OwnedFd) {

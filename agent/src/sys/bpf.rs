@@ -10,6 +10,8 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
+const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
+const BPF_MAP_GET_NEXT_KEY: libc::c_int = 4;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
@@ -88,6 +90,28 @@ struct Object {
     path: u64,
     fd: u32,
     flags: u32,
+}
+
+/// The part of `struct bpf_map_info` that every kernel has.
+#[repr(C)]
+#[derive(Default)]
+struct MapInfo {
+    kind: u32,
+    id: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+struct MapElement {
+    map: u32,
+    padding: u32,
+    key: u64,
+    /// `next_key`, where a key is asked for.
+    value: u64,
+    flags: u64,
 }
 
 #[repr(C)]
@@ -199,6 +223,37 @@ pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     let mut attributes = Object { path: name.as_ptr() as u64, fd: 0, flags: 0 };
     // SAFETY: the attributes of this command; `name` ends in NUL and outlives the call.
     unsafe { bpf(BPF_OBJ_GET, &mut attributes) }.map(own)
+}
+
+/// Removes every entry of a hash map, whatever its keys mean. Entries that others add meanwhile may stay.
+///
+/// # Errors
+/// Those of `BPF_MAP_GET_NEXT_KEY` and `BPF_MAP_DELETE_ELEM`: `EINVAL` when the descriptor is no map.
+pub fn empty_map(map: impl AsFd) -> io::Result<()> {
+    let map = number(map.as_fd().as_raw_fd());
+    let mut info = MapInfo::default();
+    let length = u32::try_from(size_of::<MapInfo>()).expect("a small struct");
+    let mut attributes = InfoByFd { fd: map, length, info: (&raw mut info) as u64 };
+    // SAFETY: the attributes of this command; `info` is as large as said, writable, and outlives the call; every bit pattern
+    // is valid in it.
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes)? };
+    let mut key = vec![0_u8; info.key_size as usize];
+    for _ in 0..=info.max_entries {
+        // Without a key to start from the kernel tells the first one.
+        let mut first = MapElement { map, padding: 0, key: 0, value: key.as_mut_ptr() as u64, flags: 0 };
+        // SAFETY: the attributes of this command; `key` is as large as the map's keys, writable, and outlives the call.
+        match unsafe { bpf(BPF_MAP_GET_NEXT_KEY, &mut first) } {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(()),
+            other => other?,
+        };
+        let mut entry = MapElement { map, padding: 0, key: key.as_ptr() as u64, value: 0, flags: 0 };
+        // SAFETY: the attributes of this command; `key` is as large as the map's keys and outlives the call.
+        match unsafe { bpf(BPF_MAP_DELETE_ELEM, &mut entry) } {
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// What `link` is attached to.
