@@ -27,7 +27,7 @@ use crate::events::EventHub;
 use crate::policy::{self, PolicyEngine};
 use crate::report::chain;
 use crate::routes::{self, Ask, NodeState, RouteState};
-use crate::runner::{NetnsTable, NodeServices, Records, Runner};
+use crate::runner::{NodeServices, Records, Runner, WorkloadDialer};
 use crate::worker::{self, Surroundings, WorkerHandle, WorkerSettings};
 use crate::workload::{AllocId, Network, NetworkSettings, NodeFile};
 use crate::{lock, metrics};
@@ -116,20 +116,19 @@ async fn serve(
         ebpf: OnceCell::new(),
         node: OnceCell::new(),
     });
-    let netns = NetnsTable::new(Handle::current());
-    let routes = routes::router(Arc::clone(&routes_state));
-    let config = control_config(&settings, &node_file, routes);
-    let dialer = Arc::new(netns.clone());
-    let control = on(control_runtime.handle(), async { Control::start(config, dialer).await }).await?;
-    let control = control.context("control plane")?;
-    let control = Arc::new(control);
-    info!(http = ?control.http_addrs(), node = node_name, "culvert agent serves");
-
     let network = NetworkSettings {
         data_dir: data_dir.clone(),
         cgroup_parent: settings.cgroup_parent.clone(),
         ..NetworkSettings::default()
     };
+    let routes = routes::router(Arc::clone(&routes_state));
+    let config = control_config(&settings, &node_file, routes);
+    let dialer = Arc::new(WorkloadDialer::new(Handle::current(), network.clone()));
+    let control = on(control_runtime.handle(), async { Control::start(config, dialer).await }).await?;
+    let control = control.context("control plane")?;
+    let control = Arc::new(control);
+    info!(http = ?control.http_addrs(), node = node_name, "culvert agent serves");
+
     let network = Arc::new(Network::open(network).await.context("workload network")?);
     network.warnings().iter().for_each(|warning| warn!("{warning}"));
     let (datapath, kernel_events) = load_datapath(&settings, &network, &routes_state)?;
@@ -164,7 +163,6 @@ async fn serve(
         worker: worker.clone(),
         policy: Arc::clone(&policy),
         records,
-        netns,
         context: node_context(&settings, &node_name, &node_file),
         advertise,
         data_dir,

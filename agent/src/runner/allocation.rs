@@ -169,11 +169,6 @@ impl Allocation {
         // Known before the first is registered: whatever happens on the way, all of them are deregistered in the end.
         let planned = registrations.iter().map(ServiceView::planned).collect();
         self.view.send_modify(|view| view.services = planned);
-        // Before the first check runs: its requests are for the workload, never for the host.
-        for registration in &registrations {
-            self.node.netns.insert(&registration.service_id, &workload.netns, false);
-            registration.sidecar_id.iter().for_each(|sidecar| self.node.netns.insert(sidecar, &workload.netns, true));
-        }
         self.attach(&workload, &registrations).await?;
         self.node.network.publish(&self.id, &self.port_maps(group, None)).await?;
         let services = self.register(&registrations).await?;
@@ -424,16 +419,8 @@ impl Allocation {
         }
     }
 
-    fn forget_homes(&self) {
-        for service in &self.view.borrow().services {
-            self.node.netns.remove(&service.service_id);
-            service.sidecar_id.iter().for_each(|sidecar| self.node.netns.remove(sidecar));
-        }
-    }
-
     async fn remove(&self) -> Result<(), RunError> {
         self.node.network.remove(&self.id).await?;
-        self.forget_homes();
         let dir = AllocDir::new(&self.node.data_dir, &self.id);
         let cgroup = Path::new(&self.node.cgroup_parent).join(self.id.as_str());
         let demolish = move || -> Result<(), RunError> {

@@ -4,6 +4,7 @@
 //! left alone. What a job means is the business of `culvert-jobspec`; how an allocation lives is in [`allocation`].
 
 mod allocation;
+mod dialer;
 mod ports;
 mod records;
 mod registration;
@@ -22,9 +23,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 pub use allocation::{AllocationStatus, AllocationView, ServiceView};
+pub use dialer::WorkloadDialer;
 pub use records::{AllocationRecord, JobRecord, RecordError, Records};
 pub use registration::RegistrationError;
-pub use services::{NetnsTable, NodeServices, RunError};
+pub use services::{NodeServices, RunError};
 pub use tasks::{TaskEvent, TaskState, TaskView};
 
 use crate::workload::AllocId;

@@ -12,6 +12,7 @@ use culvert_jobspec::{
 use culvert_types::format_go_duration;
 use serde_json::{Map, Value, json};
 
+use super::dialer::{service_prefix, sidecar_id};
 use crate::workload::AllocId;
 
 /// One service of an allocation as it is registered.
@@ -107,7 +108,7 @@ fn registration(allocation: &Allocated<'_>, service: &Service) -> Result<Registr
         PortRef::Label(label) => label.clone(),
         PortRef::Number(number) => number.to_string(),
     });
-    let service_id = format!("_culvert-task-{alloc}-group-{}-{name}-{label}", group.name);
+    let service_id = format!("{}group-{}-{name}-{label}", service_prefix(alloc), group.name);
     let mut meta = rendered_map(&service.meta, allocation)?;
     meta.insert("external-source".to_owned(), "culvert".into());
     let checks = service.checks.iter().map(|check| check_body(allocation, check, port));
@@ -122,7 +123,7 @@ fn registration(allocation: &Allocated<'_>, service: &Service) -> Result<Registr
     if let Some(sidecar) = sidecar {
         body["Connect"] = json!({"SidecarService": sidecar_body(allocation, sidecar)?});
     }
-    let sidecar_id = sidecar.map(|_| format!("{service_id}-sidecar-proxy"));
+    let sidecar_id = sidecar.map(|_| sidecar_id(&service_id));
     let upstreams = sidecar.map_or(&[][..], |sidecar| &sidecar.proxy.upstreams);
     let upstreams = upstreams.iter().map(|one| (one.local_bind_address, one.local_bind_port).into()).collect();
     let ports = port.into_iter().chain(sidecar.and_then(|sidecar| sidecar.proxy.local_service_port)).collect();

@@ -1,29 +1,24 @@
 //! What an allocation uses of the rest of the node.
 
-use std::collections::BTreeMap;
-use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use culvert_api::ServiceRegistration;
-use culvert_control::{CheckDialer, Control};
+use culvert_control::Control;
 use culvert_jobspec::{EnvironmentError, NodeContext, TemplateError};
-use futures::FutureExt as _;
-use futures::future::BoxFuture;
-use parking_lot::Mutex;
 use serde_json::Value;
-use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 use tracing::debug;
 
+use super::dialer::service_prefix;
 use super::records::{RecordError, Records};
 use super::registration::RegistrationError;
 use crate::policy::PolicyEngine;
 use crate::report::chain;
 use crate::task::{CgroupError, DirError, StartError, UnknownSignal};
 use crate::worker::{NotReady, WorkerHandle};
-use crate::workload::{self, AllocId, Network, NetworkError};
+use crate::workload::{AllocId, Network, NetworkError};
 
 /// Why an allocation, or a part of it, does not come up.
 #[derive(Debug, thiserror::Error)]
@@ -75,8 +70,6 @@ pub struct NodeServices {
     pub policy: Arc<PolicyEngine>,
     /// What is written down.
     pub records: Records,
-    /// Where each service lives, for its checks.
-    pub netns: NetnsTable,
     /// What `${node.…}` means.
     pub context: NodeContext,
     /// Where this node is reached.
@@ -102,7 +95,7 @@ impl NodeServices {
 
     /// Services and sidecars of an allocation that are in the catalog.
     pub(super) fn left_in_catalog(&self, id: &AllocId) -> Vec<(String, String)> {
-        let prefix = format!("_culvert-task-{id}-");
+        let prefix = service_prefix(id);
         let mesh = self.control.mesh();
         let view = mesh.borrow();
         let own = view.instances.iter().filter(|instance| instance.service_id.starts_with(&prefix));
@@ -114,51 +107,5 @@ impl NodeServices {
         if let Err(error) = self.control.deregister_service(service_id).await {
             debug!(service_id, error = chain(&error), "the service was out of the catalog already");
         }
-    }
-}
-
-#[derive(Clone)]
-struct Home {
-    netns: PathBuf,
-    /// A sidecar's listener is on every address of the netns; its catalog address may be the node's.
-    on_loopback: bool,
-}
-
-/// Which service lives in which network namespace. Checks are dialled from inside.
-#[derive(Clone)]
-pub struct NetnsTable {
-    /// Entering a namespace needs rights that the threads of the checks do not have.
-    runtime: Handle,
-    homes: Arc<Mutex<BTreeMap<String, Home>>>,
-}
-
-impl NetnsTable {
-    /// An empty table; dials on the threads of `runtime`.
-    #[must_use]
-    pub fn new(runtime: Handle) -> Self {
-        Self { runtime, homes: Arc::default() }
-    }
-
-    pub(super) fn insert(&self, service_id: &str, netns: &Path, on_loopback: bool) {
-        self.homes.lock().insert(service_id.to_owned(), Home { netns: netns.to_owned(), on_loopback });
-    }
-
-    pub(super) fn remove(&self, service_id: &str) {
-        self.homes.lock().remove(service_id);
-    }
-}
-
-impl CheckDialer for NetnsTable {
-    fn dial(&self, service_id: &str, address: SocketAddr) -> BoxFuture<'static, io::Result<TcpStream>> {
-        let home = self.homes.lock().get(service_id).cloned();
-        let runtime = self.runtime.clone();
-        async move {
-            let Some(Home { netns, on_loopback }) = home else { return TcpStream::connect(address).await };
-            let inside = SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, address.port()));
-            let address = if on_loopback { inside } else { address };
-            let dialled = runtime.spawn(async move { workload::dial(&netns, address).await });
-            dialled.await.unwrap_or_else(|error| Err(io::Error::other(error)))
-        }
-        .boxed()
     }
 }

@@ -284,7 +284,7 @@ impl Network {
     fn plan(&self, id: &AllocId, host: u32) -> Plan {
         let addr4 = self.settings.subnet.host(host);
         Plan {
-            netns: self.settings.netns_dir.join(format!("{}{}", self.settings.netns_prefix, id.short())),
+            netns: self.settings.netns(id),
             veth: format!("{}{}", self.settings.veth_prefix, id.short()),
             addr4,
             addr6: self.ula.map(|ula| Ipv6Addr::from_bits(ula.to_bits() | u128::from(host))),

@@ -3,6 +3,8 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
+use super::AllocId;
+
 /// Longest name of a network interface (`IFNAMSIZ` less its NUL).
 pub const MAX_INTERFACE_NAME: usize = 15;
 
@@ -91,6 +93,12 @@ pub struct SettingsError {
 }
 
 impl NetworkSettings {
+    /// Where the netns of an allocation is mounted.
+    #[must_use]
+    pub fn netns(&self, id: &AllocId) -> PathBuf {
+        self.netns_dir.join(format!("{}{}", self.netns_prefix, id.short()))
+    }
+
     /// Checks what ends up in interface names, file names and firewall rules.
     ///
     /// # Errors
