@@ -4,7 +4,7 @@ use crate::hcl::Problem;
 use crate::parse::Session;
 use crate::{CheckKind, Group, Job, PortRef, Service};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// Reports what is wrong with `job` as a whole.
 pub(crate) fn validate(session: &Session, job: &Job) {
@@ -127,14 +127,17 @@ impl Validator<'_> {
                     "group.{group_index}.service.{index}.connect.sidecar_service.proxy.upstreams.{upstream_index}.local_bind_port"
                 );
                 let bind = SocketAddr::new(upstream.local_bind_address, upstream.local_bind_port);
-                if let Some(other) = binds.get(&bind) {
+                let both = std::iter::once(bind).chain(on_v6(bind));
+                if let Some((bind, other)) = both.clone().find_map(|bind| Some((bind, binds.get(&bind)?))) {
                     let group = &group.name;
                     let message = format!(
                         "Consul Connect services {other:?} and {name:?} in group {group:?} using same address for upstreams ({bind})"
                     );
                     self.report(&path, message);
                 }
-                binds.entry(bind).or_insert_with(|| name.clone());
+                for bind in both {
+                    binds.entry(bind).or_insert_with(|| name.clone());
+                }
                 let taken = group.services.iter().find(|service| inside_port(group, service) == Some(bind.port()));
                 if let Some(taken) = taken {
                     let message = format!(
@@ -148,6 +151,11 @@ impl Validator<'_> {
             }
         }
     }
+}
+
+/// An upstream on 127.0.0.1 is on ::1 as well.
+fn on_v6(bind: SocketAddr) -> Option<SocketAddr> {
+    (bind.ip() == Ipv4Addr::LOCALHOST).then(|| SocketAddr::from((Ipv6Addr::LOCALHOST, bind.port())))
 }
 
 /// Where the application of `service` listens, if the job file says it.

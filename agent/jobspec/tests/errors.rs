@@ -329,6 +329,13 @@ fn services_use_nomads_words() {
         "Consul Connect services \"web\" and \"other\" in group \"web\" using same address for upstreams (127.0.0.1:8080)",
         "8080",
     );
+    let fourth = third.replace("local_bind_port", "local_bind_address = \"::1\"\nlocal_bind_port");
+    case(
+        "    task \"serve\"",
+        &format!("{fourth}    task \"serve\""),
+        "Consul Connect services \"web\" and \"other\" in group \"web\" using same address for upstreams ([::1]:8080)",
+        "8080",
+    );
     case(
         "8080",
         "9002",

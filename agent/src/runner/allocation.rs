@@ -203,7 +203,8 @@ impl Allocation {
     ) -> Result<Vec<Registration>, RunError> {
         let advertised = if self.node.advertise.is_loopback() { workload.addr4.into() } else { self.node.advertise };
         let environment = Environment::of_group(&self.record.job, group, context)?;
-        let address = SidecarAddress { advertised, workload: workload.addr4.into() };
+        let address =
+            SidecarAddress { advertised, workload: workload.addr4.into(), ipv6: workload.addr6.is_some() };
         let ports = &self.record.ports;
         Ok(registrations(&Allocated { id: &self.id, group, ports, environment: &environment, address })?)
     }

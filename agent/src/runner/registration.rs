@@ -4,7 +4,7 @@
 //! other clients lack.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use culvert_jobspec::{
     Check, CheckKind, Environment, Group, PortBinding, PortRef, Proxy, Service, SidecarService, Template, TemplateError,
@@ -50,6 +50,8 @@ pub(super) struct SidecarAddress {
     pub(super) advertised: IpAddr,
     /// The workload's address on the bridge.
     pub(super) workload: IpAddr,
+    /// Whether the workload has IPv6, and so a `::1`.
+    pub(super) ipv6: bool,
 }
 
 /// A service that cannot be registered.
@@ -137,7 +139,7 @@ fn sidecar_body(allocation: &Allocated<'_>, sidecar: &SidecarService) -> Result<
         "Meta": rendered_map(&sidecar.meta, allocation)?,
         // Port 0: the one that the catalog assigns to the sidecar.
         "TaggedAddresses": {"culvert-workload": {"Address": address.workload, "Port": 0}},
-        "Proxy": proxy_body(&sidecar.proxy),
+        "Proxy": proxy_body(&sidecar.proxy, address.ipv6),
     });
     if let Some(tags) = &sidecar.tags {
         let tags = tags.iter().map(|tag| render(tag, "tags", allocation));
@@ -146,10 +148,13 @@ fn sidecar_body(allocation: &Allocated<'_>, sidecar: &SidecarService) -> Result<
     Ok(body)
 }
 
-fn proxy_body(proxy: &Proxy) -> Value {
+fn proxy_body(proxy: &Proxy, ipv6: bool) -> Value {
     let upstreams = proxy.upstreams.iter().map(|upstream| {
+        // An address that is given stands for itself alone; without one the listeners are those of `localhost`.
+        let localhost = ipv6 && upstream.local_bind_address == Ipv4Addr::LOCALHOST;
         json!({
-            "DestinationName": upstream.destination_name, "LocalBindAddress": upstream.local_bind_address,
+            "DestinationName": upstream.destination_name,
+            "LocalBindAddress": if localhost { String::new() } else { upstream.local_bind_address.to_string() },
             "LocalBindPort": upstream.local_bind_port, "Config": upstream.config,
         })
     });
@@ -218,4 +223,30 @@ fn render(template: &Template, field: &'static str, allocation: &Allocated<'_>) 
     template
         .render_strict(field, allocation.environment)
         .map_err(|source| RegistrationError::Template { group: allocation.group.name.clone(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use culvert_jobspec::Upstream;
+
+    use super::*;
+
+    #[test]
+    fn an_upstream_without_an_address_is_on_localhost_in_both_families() {
+        let upstream = |address: &str| Upstream {
+            destination_name: "count-api".to_owned(),
+            local_bind_address: address.parse().expect("an address"),
+            local_bind_port: 8080,
+            config: Map::new(),
+        };
+        let upstreams = vec![upstream("127.0.0.1"), upstream("127.0.0.2"), upstream("::1")];
+        let proxy = Proxy { upstreams, ..Proxy::default() };
+        let bound = |ipv6| -> Vec<Value> {
+            let body = proxy_body(&proxy, ipv6);
+            let upstreams = body["Upstreams"].as_array().expect("a list");
+            upstreams.iter().map(|upstream| upstream["LocalBindAddress"].clone()).collect()
+        };
+        assert_eq!(bound(true), ["", "127.0.0.2", "::1"]);
+        assert_eq!(bound(false), ["127.0.0.1", "127.0.0.2", "::1"], "there is no ::1 to listen on");
+    }
 }
