@@ -2,9 +2,9 @@
 
 use std::process::Command;
 
-use crate::arrows;
 use crate::command::{self, cargo, root};
 use crate::setup::Setup;
+use crate::{arrows, ebpf};
 
 /// Checks licences and sources of dependencies.
 const CARGO_DENY: &str = "0.20.2";
@@ -12,6 +12,7 @@ const CARGO_DENY: &str = "0.20.2";
 pub(crate) fn run(setup: &Setup) -> anyhow::Result<()> {
     run_fmt()?;
     arrows::check()?;
+    ebpf::verify()?;
     let deny = setup.cargo_tool("cargo-deny", CARGO_DENY, "licences and sources of dependencies")?;
     // Advisories need a database from elsewhere; what is checked here works offline.
     command::run(Command::new(deny).current_dir(root()).args([

@@ -14,6 +14,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail, ensure};
 
 use self::sources::Record;
+pub(crate) use self::sources::verify;
 use self::toolchain::Toolchain;
 use crate::command::root;
 use crate::setup::Setup;
@@ -29,7 +30,8 @@ pub(crate) struct Options {
     check: bool,
 }
 
-/// Builds the object and puts it into the tree: what is tested then is fresh.
+/// Builds the object and puts it into the tree: what is tested then is fresh. Whether the tree's own belonged to its
+/// sources cannot be seen afterwards: [`verify`] looks before, as a part of `lint`.
 pub(crate) fn refresh(setup: &Setup) -> Result<()> {
     run(setup, &Options { check: false })
 }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use sha2::{Digest as _, Sha256};
 
 use crate::command::root;
@@ -53,6 +53,15 @@ impl Record {
         fs::write(&path, self.to_text()).with_context(|| format!("write {}", path.display()))
     }
 
+    fn belongs_to(&self, sources: &str, object: &str) -> Result<()> {
+        ensure!(
+            self.sources == sources,
+            "ebpf/ has changed since the object was built: run `cargo xtask ebpf` and commit the result"
+        );
+        ensure!(self.object == object, "the object was changed by something else than `cargo xtask ebpf`");
+        Ok(())
+    }
+
     fn to_text(&self) -> String {
         format!("{}  sources\n{}  object\n{}  toolchain\n", self.sources, self.object, self.toolchain)
     }
@@ -65,6 +74,13 @@ impl Record {
         };
         Some(Self { sources: field("sources")?, object: field("object")?, toolchain: field("toolchain")? })
     }
+}
+
+/// Fails when the object in the tree was built from other sources than those in the tree, or is not the one recorded.
+pub(crate) fn verify() -> Result<()> {
+    let path = object_path();
+    let object = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+    Record::read()?.belongs_to(&hash()?, &hash_bytes(&object))
 }
 
 /// SHA-256 over names and contents of the sources, in the order of their names.
@@ -115,24 +131,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_object_in_the_tree_was_built_from_the_sources_in_the_tree() {
-        let record = Record::read().expect("the record is in the tree");
-        assert_eq!(
-            record.sources,
-            hash().expect("the sources are in the tree"),
-            "ebpf/ has changed since the object was built: run `cargo xtask ebpf` and commit the result"
-        );
+    fn the_object_in_the_tree_belongs_to_the_sources_in_the_tree() {
+        verify().expect("sources, object and record belong together");
     }
 
     #[test]
-    fn the_object_in_the_tree_is_the_one_that_was_recorded() {
-        let record = Record::read().expect("the record is in the tree");
-        let object = fs::read(object_path()).expect("the object is in the tree");
-        assert_eq!(
-            record.object,
-            hash_bytes(&object),
-            "the object was changed by something else than `cargo xtask ebpf`"
-        );
+    fn a_record_of_other_sources_or_of_another_object_is_refused() {
+        let record = |sources: &str, object: &str| Record {
+            sources: sources.to_owned(),
+            object: object.to_owned(),
+            toolchain: "rustc".to_owned(),
+        };
+        record("ab", "cd").belongs_to("ab", "cd").expect("the same");
+        for (sources, object) in [("abc", "cd"), ("ab", "cde")] {
+            let error = record("ab", "cd").belongs_to(sources, object).expect_err("another").to_string();
+            assert!(error.contains("cargo xtask ebpf"), "{error}");
+        }
     }
 
     #[test]
