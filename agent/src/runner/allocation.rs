@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
-use super::records::AllocationRecord;
+use super::records::{AllocationRecord, RecordError};
 use super::registration::{Allocated, Registration, SidecarAddress, registrations};
 use super::tasks::{TaskLife, TaskState, TaskView};
 use super::{NodeServices, RunError};
@@ -128,7 +128,12 @@ impl Allocation {
     pub(super) async fn run(self, stop: CancellationToken) {
         let tasks = TaskTracker::new();
         let stop_tasks = CancellationToken::new();
-        if let Some(up) = self.bring_up(&stop).await {
+        if self.record.failed.is_some() {
+            // It failed under an agent before this one, which may have been killed before it had ended everything.
+            self.deregister().await;
+            self.end_strays().await;
+            stop.cancelled().await;
+        } else if let Some(up) = self.bring_up(&stop).await {
             self.start_tasks(&up, &tasks, &stop_tasks);
             self.watch_until(&stop, &stop_tasks).await;
         }
@@ -203,8 +208,7 @@ impl Allocation {
     ) -> Result<Vec<Registration>, RunError> {
         let advertised = if self.node.advertise.is_loopback() { workload.addr4.into() } else { self.node.advertise };
         let environment = Environment::of_group(&self.record.job, group, context)?;
-        let address =
-            SidecarAddress { advertised, workload: workload.addr4.into(), ipv6: workload.addr6.is_some() };
+        let address = SidecarAddress { advertised, workload: workload.addr4.into(), ipv6: workload.addr6.is_some() };
         let ports = &self.record.ports;
         Ok(registrations(&Allocated { id: &self.id, group, ports, environment: &environment, address })?)
     }
@@ -245,20 +249,25 @@ impl Allocation {
 
     async fn register(&self, registrations: &[Registration]) -> Result<Vec<ServiceView>, RunError> {
         let mut services = Vec::new();
-        let mut record = self.view.borrow().record.clone();
+        let before = self.view.borrow().record.sidecar_ports.clone();
+        let mut ports = before.clone();
         for registration in registrations {
-            let kept = record.sidecar_ports.get(&registration.service_id).copied();
+            let kept = ports.get(&registration.service_id).copied();
             let sidecar_port = self.node.register(&registration.body_with_port(kept)).await?;
-            if let Some(port) = sidecar_port {
-                record.sidecar_ports.insert(registration.service_id.clone(), port);
-            }
+            ports.extend(sidecar_port.map(|port| (registration.service_id.clone(), port)));
             services.push(ServiceView { sidecar_port, ..ServiceView::planned(registration) });
         }
-        if record.sidecar_ports != self.view.borrow().record.sidecar_ports {
-            self.node.records.put_allocation(&record)?;
-            self.view.send_modify(|view| view.record = record);
+        if ports != before {
+            self.change_record(|record| record.sidecar_ports.clone_from(&ports))?;
         }
         Ok(services)
+    }
+
+    /// Changes the record, on disk first.
+    fn change_record(&self, change: impl Fn(&mut AllocationRecord)) -> Result<(), RecordError> {
+        self.node.records.change_allocation(self.id.as_str(), &change)?;
+        self.view.send_modify(|view| change(&mut view.record));
+        Ok(())
     }
 
     async fn serve(
@@ -363,10 +372,24 @@ impl Allocation {
         tokio::select! {
             () = stop.cancelled() => {}
             _ = failed => {
+                self.remember_failure();
                 self.deregister().await;
                 stop_tasks.cancel();
                 stop.cancelled().await;
             }
+        }
+    }
+
+    /// A failed allocation stays failed, whatever becomes of the agent.
+    fn remember_failure(&self) {
+        let why = self.view.borrow().error.clone();
+        let why = why.unwrap_or_else(|| {
+            let view = self.view.borrow();
+            let failed = view.tasks.iter().filter(|(_, task)| task.failed).map(|(name, _)| name.as_str());
+            format!("failed tasks: {}", failed.collect::<Vec<_>>().join(", "))
+        });
+        if let Err(error) = self.change_record(|record| record.failed = Some(why.clone())) {
+            warn!(alloc = %self.id, error = chain(&error), "that it failed is not written down: the next agent tries it again");
         }
     }
 

@@ -5,22 +5,23 @@
 
 mod allocation;
 mod dialer;
+mod plan;
 mod ports;
 mod records;
 mod registration;
 mod services;
 mod tasks;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use culvert_jobspec::{Change, Diagnostics, Job};
+use culvert_jobspec::{Diagnostics, Job};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{error, info, warn};
 
 pub use allocation::{AllocationStatus, AllocationView, ServiceView};
 pub use dialer::WorkloadDialer;
@@ -29,8 +30,10 @@ pub use registration::RegistrationError;
 pub use services::{NodeServices, RunError};
 pub use tasks::{TaskEvent, TaskState, TaskView};
 
+use crate::report::chain;
 use crate::workload::AllocId;
 use allocation::Allocation;
+use plan::{AtStart, Comparison, Failed};
 
 /// Why a job was not accepted.
 #[derive(Debug, thiserror::Error)]
@@ -101,15 +104,35 @@ impl Runner {
             live: Mutex::new(BTreeMap::new()),
             node,
         });
-        for record in runner.node.records.allocations() {
-            // An agent that was killed between two writes: the job's own record says what was wanted.
-            let unwanted = runner.job(&record.job.id).is_none_or(|job| job.stopped);
-            let (stopping, id) = (record.stopping || unwanted, record.id.clone());
-            if runner.launch(record) && stopping {
-                runner.stop_allocation(&id);
+        runner.take_over();
+        runner
+    }
+
+    fn take_over(&self) {
+        let jobs = self.jobs.lock().clone();
+        let records = self.node.records.allocations();
+        let AtStart { stop, missing } = plan::at_start(&jobs, &records);
+        for record in records {
+            let id = record.id.clone();
+            if self.launch(record) && stop.contains(&id) {
+                self.stop_allocation(&id);
             }
         }
-        runner
+        for (id, places) in missing {
+            warn!(job = id, ?places, "allocations of a job are missing; making them anew");
+            if let Err(error) = self.make_anew(&jobs[&id], &places, &stop) {
+                error!(job = id, error = chain(&error), "a job lacks allocations until it is run again");
+            }
+        }
+    }
+
+    fn make_anew(&self, job: &JobRecord, places: &[plan::Place], stop: &BTreeSet<String>) -> Result<(), SubmitError> {
+        let stop: Vec<String> = stop.iter().cloned().collect();
+        for record in self.plan_allocations(&job.job, job.version, places, &stop)? {
+            self.node.records.put_allocation(&record)?;
+            self.launch(record);
+        }
+        Ok(())
     }
 
     /// Runs `job`, or brings what runs of it up to date.
@@ -130,13 +153,10 @@ impl Runner {
         let before = self.jobs.lock().get(&job.id).cloned();
         let changed = before.as_ref().is_none_or(|before| before.stopped || before.job != job);
         let version = before.as_ref().map_or(0, |before| before.version + u64::from(changed));
-        let (kept, stop) = self.compare(&job);
-        let planned = self.plan_allocations(&job, version, &kept, &stop)?;
+        let Comparison { kept, stop, missing } = self.compare(&job, version);
+        let planned = self.plan_allocations(&job, version, &missing, &stop)?;
         let record = JobRecord { job: job.clone(), version, stopped: false, submitted: now() };
-        self.node.records.put_job(&record)?;
-        for allocation in &planned {
-            self.node.records.put_allocation(allocation)?;
-        }
+        self.node.records.submit(&record, &planned)?;
         self.jobs.lock().insert(job.id.clone(), record);
         // The old ones first: they may hold a port or an address that the new ones need.
         let stopped = self.stop_and_wait(&stop).await;
@@ -145,7 +165,7 @@ impl Runner {
         for allocation in planned {
             self.launch(allocation);
         }
-        Ok(Submitted { version, created, stopped, kept: kept.into_iter().map(|(id, ..)| id).collect() })
+        Ok(Submitted { version, created, stopped, kept })
     }
 
     /// Stops every allocation of a job; returns when everything of them is gone. `purge` forgets the job as well.
@@ -176,7 +196,7 @@ impl Runner {
         self.stop_and_wait(&all).await;
         for id in self.jobs.lock().keys() {
             if let Err(error) = self.node.records.remove_job(id) {
-                tracing::warn!(%error, "a job's record stays");
+                warn!(%error, "a job's record stays");
             }
         }
     }
@@ -213,25 +233,23 @@ impl Runner {
         matching.next().is_none().then(|| one.view.borrow().clone())
     }
 
-    /// Allocations of `job` that may stay (id, group, index), and ids of those that must go.
-    fn compare(&self, job: &Job) -> (Vec<(String, String, u32)>, Vec<String>) {
-        let (mut kept, mut stop) = (Vec::new(), Vec::new());
-        for view in self.views().into_iter().filter(|view| view.record.job.id == job.id) {
-            let record = view.record;
-            let in_count = job.group(&record.group).is_some_and(|group| record.index < group.count);
-            let change = culvert_jobspec::group_change(&record.job, job, &record.group);
-            let lives = !matches!(view.status, AllocationStatus::Failed | AllocationStatus::Complete);
-            let stays = lives && !record.stopping && in_count && change == Change::Nothing;
-            if stays { kept.push((record.id, record.group, record.index)) } else { stop.push(record.id) }
-        }
-        (kept, stop)
+    /// Compares `job` with what runs of it.
+    fn compare(&self, job: &Job, version: u64) -> Comparison {
+        let own = self.views().into_iter().filter(|view| view.record.job.id == job.id);
+        let as_it_is = |view: AllocationView| {
+            let failed = (view.status == AllocationStatus::Failed).then(String::new);
+            AllocationRecord { failed: view.record.failed.or(failed), ..view.record }
+        };
+        let own: Vec<AllocationRecord> = own.map(as_it_is).collect();
+        plan::compare(job, version, &own, Failed::Replace)
     }
 
+    /// Records of new allocations for the `places` of `job`; `stop` are those that are gone before the new ones start.
     fn plan_allocations(
         &self,
         job: &Job,
         job_version: u64,
-        kept: &[(String, String, u32)],
+        places: &[plan::Place],
         stop: &[String],
     ) -> Result<Vec<AllocationRecord>, SubmitError> {
         let mut others: Vec<AllocationRecord> = self.views().into_iter().map(|view| view.record).collect();
@@ -239,28 +257,25 @@ impl Runner {
         let mut numbers: Vec<u32> = others.iter().map(|record| record.workload).collect();
         numbers.extend(self.node.records.allocations().iter().map(|record| record.workload));
         let mut planned = Vec::new();
-        for group in &job.groups {
-            for index in 0..group.count {
-                if kept.iter().any(|(_, name, at)| *name == group.name && *at == index) {
-                    continue;
-                }
-                let used = others.iter().filter(|record| !stop.contains(&record.id));
-                let record = AllocationRecord {
-                    id: AllocId::random().to_string(),
-                    workload: free_number(&numbers),
-                    ports: ports::bind(&group.network, used.flat_map(|record| record.ports.values()))?,
-                    job: job.clone(),
-                    job_version,
-                    group: group.name.clone(),
-                    index,
-                    sidecar_ports: BTreeMap::new(),
-                    created: now(),
-                    stopping: false,
-                };
-                numbers.push(record.workload);
-                others.push(record.clone());
-                planned.push(record);
-            }
+        for (group, index) in places {
+            let Some(group) = job.group(group) else { continue };
+            let used = others.iter().filter(|record| !stop.contains(&record.id));
+            let record = AllocationRecord {
+                id: AllocId::random().to_string(),
+                workload: free_number(&numbers),
+                ports: ports::bind(&group.network, used.flat_map(|record| record.ports.values()))?,
+                job: job.clone(),
+                job_version,
+                group: group.name.clone(),
+                index: *index,
+                sidecar_ports: BTreeMap::new(),
+                created: now(),
+                stopping: false,
+                failed: None,
+            };
+            numbers.push(record.workload);
+            others.push(record.clone());
+            planned.push(record);
         }
         Ok(planned)
     }
@@ -268,13 +283,13 @@ impl Runner {
     /// Starts the life of an allocation; `false` if its record makes no sense.
     fn launch(&self, record: AllocationRecord) -> bool {
         let Ok(id) = AllocId::new(&record.id) else {
-            tracing::warn!(id = record.id, "a record names no allocation; ignored");
+            warn!(id = record.id, "a record names no allocation; ignored");
             return false;
         };
         let (publish, view) = watch::channel(AllocationView {
             record: record.clone(),
-            status: AllocationStatus::Pending,
-            error: None,
+            status: if record.failed.is_some() { AllocationStatus::Failed } else { AllocationStatus::Pending },
+            error: record.failed.clone(),
             addresses: Vec::new(),
             services: Vec::new(),
             tasks: BTreeMap::new(),
@@ -289,10 +304,9 @@ impl Runner {
     fn stop_allocation(&self, id: &str) {
         let live = self.live.lock();
         let Some(live) = live.get(id) else { return };
-        let record = AllocationRecord { stopping: true, ..live.view.borrow().record.clone() };
         // If this does not reach the disk, the next agent takes the allocation over and is told to stop it again.
-        if let Err(error) = self.node.records.put_allocation(&record) {
-            tracing::warn!(%error, "cannot write down that an allocation is stopping");
+        if let Err(error) = self.node.records.change_allocation(id, |record| record.stopping = true) {
+            warn!(%error, "cannot write down that an allocation is stopping");
         }
         live.stop.cancel();
     }
@@ -302,7 +316,7 @@ impl Runner {
         for id in ids {
             let Some(live) = self.live.lock().remove(id) else { continue };
             if let Err(error) = live.life.await {
-                tracing::error!(%error, alloc = id, "the life of an allocation ended in a panic");
+                error!(%error, alloc = id, "the life of an allocation ended in a panic");
             }
         }
         ids.to_vec()

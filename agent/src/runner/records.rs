@@ -6,13 +6,15 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use culvert_jobspec::{Job, PortBinding};
+use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use crate::task::write_json;
+use crate::task::{read_json, write_json};
 use crate::workload::AllocId;
 
 /// A submitted job.
@@ -52,6 +54,9 @@ pub struct AllocationRecord {
     pub created: u64,
     /// It shall stop; what is left of it is being removed.
     pub stopping: bool,
+    /// Why it failed for good, if it has: it stays as it is until it is stopped or replaced.
+    #[serde(default)]
+    pub failed: Option<String>,
 }
 
 /// A record that cannot be read or written.
@@ -68,6 +73,8 @@ pub struct RecordError {
 #[derive(Clone, Debug)]
 pub struct Records {
     data_dir: PathBuf,
+    /// An allocation's life and who stops it both change its record.
+    changing: Arc<Mutex<()>>,
 }
 
 impl Records {
@@ -80,7 +87,7 @@ impl Records {
             let path = data_dir.join(folder);
             std::fs::create_dir_all(&path).map_err(|source| RecordError { what: "create", path, source })?;
         }
-        Ok(Self { data_dir: data_dir.to_owned() })
+        Ok(Self { data_dir: data_dir.to_owned(), changing: Arc::default() })
     }
 
     /// Every job.
@@ -93,6 +100,22 @@ impl Records {
     #[must_use]
     pub fn allocations(&self) -> Vec<AllocationRecord> {
         read_all(&self.data_dir.join("allocations"))
+    }
+
+    /// Writes down a submission: the new allocations, then the job that wants them. Who is killed in between leaves
+    /// allocations of a version that no job has; the next agent removes them.
+    ///
+    /// # Errors
+    /// [`RecordError`]; the records are as they were before.
+    pub fn submit(&self, job: &JobRecord, allocations: &[AllocationRecord]) -> Result<(), RecordError> {
+        let put = allocations.iter().try_for_each(|allocation| self.put_allocation(allocation));
+        put.and_then(|()| self.put_job(job)).inspect_err(|_| {
+            for allocation in allocations {
+                if let Err(error) = remove(&self.allocation_path(&allocation.id)) {
+                    warn!(%error, "the record of an allocation that shall not be stays until the next start");
+                }
+            }
+        })
     }
 
     /// Writes a job.
@@ -119,11 +142,26 @@ impl Records {
         write(&self.allocation_path(&record.id), record)
     }
 
+    /// Changes what is written of an allocation, as it is now; one that is forgotten stays so.
+    ///
+    /// # Errors
+    /// [`RecordError`]; the file is as it was before.
+    pub fn change_allocation(&self, id: &str, change: impl FnOnce(&mut AllocationRecord)) -> Result<(), RecordError> {
+        let _one_at_a_time = self.changing.lock();
+        let path = self.allocation_path(id);
+        let record = read_json::<AllocationRecord>(&path);
+        let record = record.map_err(|source| RecordError { what: "read", path: path.clone(), source })?;
+        let Some(mut record) = record else { return Ok(()) };
+        change(&mut record);
+        write(&path, &record)
+    }
+
     /// Forgets an allocation, after everything of it is gone.
     ///
     /// # Errors
     /// [`RecordError`].
     pub fn remove_allocation(&self, id: &AllocId) -> Result<(), RecordError> {
+        let _one_at_a_time = self.changing.lock();
         remove(&self.allocation_path(id.as_str()))
     }
 
