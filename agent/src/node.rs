@@ -17,8 +17,9 @@ use culvert_jobspec::NodeContext;
 use culvert_types::ConnectionEvent;
 use tokio::net::UnixStream;
 use tokio::runtime::{Handle, Runtime};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{OnceCell, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::config::Settings;
@@ -28,6 +29,7 @@ use crate::policy::{self, PolicyEngine};
 use crate::report::chain;
 use crate::routes::{self, Ask, NodeState, RouteState};
 use crate::runner::{NodeServices, Records, Runner, WorkloadDialer};
+use crate::task::ExecutorCommand;
 use crate::worker::{self, Surroundings, WorkerHandle, WorkerSettings};
 use crate::workload::{AllocId, Network, NetworkSettings, NodeFile};
 use crate::{lock, metrics};
@@ -164,6 +166,8 @@ async fn serve(
         policy: Arc::clone(&policy),
         records,
         context: node_context(&settings, &node_name, &node_file),
+        executor: ExecutorCommand::default(),
+        hurry: CancellationToken::new(),
         advertise,
         data_dir,
         cgroup_parent: settings.cgroup_parent.clone(),
@@ -316,6 +320,21 @@ impl Surroundings for NodeSurroundings {
     }
 }
 
+/// Signals that ask the agent to end.
+struct Ends {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Ends {
+    async fn recv(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
 /// Everything that runs.
 struct Agent {
     settings: Settings,
@@ -330,13 +349,12 @@ struct Agent {
 impl Agent {
     /// Serves signals and operators until the end.
     async fn attend(mut self, mut asked: Asks, control_runtime: &Runtime) -> anyhow::Result<()> {
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
+        let mut ends =
+            Ends { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? };
         let mut hang_up = signal(SignalKind::hangup())?;
         loop {
             tokio::select! {
-                _ = interrupt.recv() => break,
-                _ = terminate.recv() => break,
+                () = ends.recv() => break,
                 _ = hang_up.recv() => {
                     if let Err(error) = self.reload().await {
                         error!(error, "the configuration is not reloaded; the one in force stays");
@@ -345,7 +363,7 @@ impl Agent {
                 ask = asked.recv() => match ask {
                     Some((Ask::Reload, done)) => drop(done.send(self.reload().await)),
                     Some((Ask::Leave, done)) => {
-                        self.leave().await;
+                        self.leave(&mut ends).await;
                         drop(done.send(Ok(())));
                         // The answer leaves before the server does.
                         tokio::time::sleep(Duration::from_millis(200)).await;
@@ -357,7 +375,7 @@ impl Agent {
         }
         if self.settings.dev {
             // A dev agent keeps its state in memory: what it ran would be nobody's.
-            self.leave().await;
+            self.leave(&mut ends).await;
         } else {
             info!("ending; workloads, worker and kernel programs go on, the next start takes them over");
         }
@@ -377,10 +395,18 @@ impl Agent {
         Ok(())
     }
 
-    /// Stops everything and removes everything that carries our names.
-    async fn leave(&self) {
+    /// Stops everything and removes everything that carries our names. Who asks again does not want to wait.
+    async fn leave(&self, ends: &mut Ends) {
         info!("leaving: stopping every job and removing everything");
-        self.runner.stop_all().await;
+        let mut stopped = std::pin::pin!(self.runner.stop_all());
+        tokio::select! {
+            () = &mut stopped => {}
+            () = ends.recv() => {
+                warn!("asked again: tasks that have not ended are killed");
+                self.runner.hurry();
+                stopped.await;
+            }
+        }
         self.worker.shutdown(LEAVE_DRAIN).await;
         self.policy.remove_all().await;
         if let Err(error) = self.network.close_all().await {

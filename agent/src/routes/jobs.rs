@@ -49,7 +49,7 @@ pub(super) async fn submit(State(state): State<Arc<RouteState>>, body: Bytes) ->
     let (_, job) = read(&body)?;
     let id = job.id.clone();
     let runner = Arc::clone(&state.node()?.runner);
-    let submitted = detached(&state.node()?.runner, async move { runner.submit(job).await }).await?;
+    let submitted = detached(&state.node()?.runner, async move { runner.submit(job) }).await?;
     let (version, created) = (submitted.version, submitted.created);
     Ok(Json(JobSubmitted { id, version, created, stopped: submitted.stopped, kept: submitted.kept }))
 }

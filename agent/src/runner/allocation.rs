@@ -20,12 +20,12 @@ use tracing::{info, warn};
 
 use super::records::{AllocationRecord, RecordError};
 use super::registration::{Allocated, Registration, SidecarAddress, registrations};
-use super::tasks::{TaskLife, TaskState, TaskView};
+use super::tasks::{TaskLife, TaskState, TaskView, end};
 use super::{NodeServices, RunError};
 use crate::policy::Attachment;
 use crate::report::chain;
 use crate::task::{Adoption, Hierarchies, Signal, adopt, find_record, kill_and_remove, task_owner};
-use crate::task::{AllocDir, Driver, ExecutorCommand, LogSettings, Resources, RestartMode, RestartPolicy, TaskSpec};
+use crate::task::{AllocDir, Driver, LogSettings, Resources, RestartMode, RestartPolicy, TaskSpec};
 use crate::worker::Served;
 use crate::workload::{AllocId, PortMap, Workload};
 
@@ -124,11 +124,23 @@ struct Up {
 }
 
 impl Allocation {
-    /// Lives until `stop`, then removes everything.
-    pub(super) async fn run(self, stop: CancellationToken) {
+    /// Lives until `stop`, then removes everything. Begins when those that it replaces are gone (`after`).
+    pub(super) async fn run(self, stop: CancellationToken, after: Vec<CancellationToken>) {
         let tasks = TaskTracker::new();
         let stop_tasks = CancellationToken::new();
-        if self.record.failed.is_some() {
+        let replaced = async {
+            for gone in after {
+                gone.cancelled().await;
+            }
+        };
+        let begins = tokio::select! {
+            biased;
+            () = stop.cancelled() => false,
+            () = replaced => true,
+        };
+        if !begins {
+            // Nothing of it is there, unless an agent before this one left something.
+        } else if self.record.failed.is_some() {
             // It failed under an agent before this one, which may have been killed before it had ended everything.
             self.deregister().await;
             self.end_strays().await;
@@ -297,8 +309,9 @@ impl Allocation {
             self.follow(task.name.clone(), view, tasks);
             match self.task_spec(group, task, up) {
                 Ok(spec) => {
-                    let (policy, executor) = (restart_policy(task), ExecutorCommand::default());
-                    let life = TaskLife { spec, policy, view: publish, executor };
+                    let (policy, executor) = (restart_policy(task), self.node.executor.clone());
+                    let hurry = self.node.hurry.clone();
+                    let life = TaskLife { spec, policy, view: publish, executor, hurry };
                     tasks.spawn(life.run(stop.clone()));
                 }
                 Err(error) => {
@@ -421,7 +434,7 @@ impl Allocation {
             let Ok(Some(record)) = find_record(&dirs.task) else { continue };
             let Ok(Adoption::Running(running)) = adopt(record).await else { continue };
             let signal = task.kill_signal.parse().unwrap_or(Signal::INT);
-            if let Err(error) = running.kill(signal, task.kill_timeout).await {
+            if let Err(error) = end(&running, signal, task.kill_timeout, &self.node.hurry).await {
                 warn!(alloc = %self.id, task = task.name, %error, "how a task of an earlier agent ended is not known");
             }
         }

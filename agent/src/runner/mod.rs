@@ -19,7 +19,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use culvert_jobspec::{Diagnostics, Job};
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -81,16 +80,45 @@ pub struct Submitted {
 struct Live {
     view: watch::Receiver<AllocationView>,
     stop: CancellationToken,
-    life: JoinHandle<()>,
+    /// Cancelled when everything of it is gone.
+    gone: CancellationToken,
+}
+
+impl Live {
+    fn view(&self) -> AllocationView {
+        let mut view = self.view.borrow().clone();
+        view.record.stopping |= self.stop.is_cancelled();
+        view
+    }
+}
+
+type Lives = Arc<Mutex<BTreeMap<String, Live>>>;
+
+/// Marks the end of a life, also of one that ends in a panic.
+struct End {
+    id: String,
+    lives: Lives,
+    gone: CancellationToken,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            error!(alloc = self.id, "the life of an allocation ended in a panic");
+        }
+        self.lives.lock().remove(&self.id);
+        self.gone.cancel();
+    }
 }
 
 /// The runner.
 pub struct Runner {
     node: Arc<NodeServices>,
-    /// One submission at a time; `true` once the agent leaves.
-    submitting: tokio::sync::Mutex<bool>,
+    /// One change is planned and written down at a time; nobody holds this while tasks end. `true` once the agent leaves.
+    leaving: Mutex<bool>,
     jobs: Mutex<BTreeMap<String, JobRecord>>,
-    live: Mutex<BTreeMap<String, Live>>,
+    /// Every allocation until it is gone.
+    live: Lives,
 }
 
 impl Runner {
@@ -98,12 +126,8 @@ impl Runner {
     #[must_use]
     pub fn start(node: Arc<NodeServices>) -> Arc<Self> {
         let jobs = node.records.jobs().into_iter().map(|record| (record.job.id.clone(), record)).collect();
-        let runner = Arc::new(Self {
-            submitting: tokio::sync::Mutex::new(false),
-            jobs: Mutex::new(jobs),
-            live: Mutex::new(BTreeMap::new()),
-            node,
-        });
+        let runner =
+            Arc::new(Self { leaving: Mutex::new(false), jobs: Mutex::new(jobs), live: Lives::default(), node });
         runner.take_over();
         runner
     }
@@ -114,9 +138,8 @@ impl Runner {
         let AtStart { stop, missing } = plan::at_start(&jobs, &records);
         for record in records {
             let id = record.id.clone();
-            if self.launch(record) && stop.contains(&id) {
-                self.stop_allocation(&id);
-            }
+            let stopping = record.stopping || stop.contains(&id);
+            self.launch(AllocationRecord { stopping, ..record }, Vec::new());
         }
         for (id, places) in missing {
             warn!(job = id, ?places, "allocations of a job are missing; making them anew");
@@ -130,17 +153,17 @@ impl Runner {
         let stop: Vec<String> = stop.iter().cloned().collect();
         for record in self.plan_allocations(&job.job, job.version, places, &stop)? {
             self.node.records.put_allocation(&record)?;
-            self.launch(record);
+            self.launch(record, self.endings(&stop));
         }
         Ok(())
     }
 
-    /// Runs `job`, or brings what runs of it up to date.
+    /// Runs `job`, or brings what runs of it up to date: what has to go is told to, what is new starts when that is gone.
     ///
     /// # Errors
     /// [`SubmitError`]; nothing has changed then.
-    pub async fn submit(&self, job: Job) -> Result<Submitted, SubmitError> {
-        let leaving = self.submitting.lock().await;
+    pub fn submit(&self, job: Job) -> Result<Submitted, SubmitError> {
+        let leaving = self.leaving.lock();
         if *leaving {
             return Err(SubmitError::Leaving);
         }
@@ -150,22 +173,23 @@ impl Runner {
             let (job, datacenters) = (job.id.clone(), job.datacenters.clone());
             return Err(SubmitError::Datacenter { job, datacenters, here });
         }
-        let before = self.jobs.lock().get(&job.id).cloned();
+        let before = self.job(&job.id);
         let changed = before.as_ref().is_none_or(|before| before.stopped || before.job != job);
         let version = before.as_ref().map_or(0, |before| before.version + u64::from(changed));
         let Comparison { kept, stop, missing } = self.compare(&job, version);
         let planned = self.plan_allocations(&job, version, &missing, &stop)?;
-        let record = JobRecord { job: job.clone(), version, stopped: false, submitted: now() };
+        let record = JobRecord { job, version, stopped: false, submitted: now() };
         self.node.records.submit(&record, &planned)?;
-        self.jobs.lock().insert(job.id.clone(), record);
-        // The old ones first: they may hold a port or an address that the new ones need.
-        let stopped = self.stop_and_wait(&stop).await;
+        let id = record.job.id.clone();
+        self.jobs.lock().insert(id.clone(), record);
+        stop.iter().for_each(|id| self.stop_allocation(id));
         let created = planned.iter().map(|allocation| allocation.id.clone()).collect();
-        info!(job = job.id, version, created = planned.len(), stopped = stopped.len(), "job submitted");
+        info!(job = id, version, created = planned.len(), stopped = stop.len(), "job submitted");
         for allocation in planned {
-            self.launch(allocation);
+            // The old ones first: they may hold a port that the new ones need.
+            self.launch(allocation, self.endings(&stop));
         }
-        Ok(Submitted { version, created, stopped, kept })
+        Ok(Submitted { version, created, stopped: stop, kept })
     }
 
     /// Stops every allocation of a job; returns when everything of them is gone. `purge` forgets the job as well.
@@ -173,8 +197,14 @@ impl Runner {
     /// # Errors
     /// [`SubmitError::UnknownJob`].
     pub async fn stop(&self, id: &str, purge: bool) -> Result<Vec<String>, SubmitError> {
-        let _one_at_a_time = self.submitting.lock().await;
-        let mut record = self.jobs.lock().get(id).cloned().ok_or_else(|| SubmitError::UnknownJob(id.to_owned()))?;
+        let (running, endings) = self.begin_stop(id, purge)?;
+        wait(endings).await;
+        Ok(running)
+    }
+
+    fn begin_stop(&self, id: &str, purge: bool) -> Result<(Vec<String>, Vec<CancellationToken>), SubmitError> {
+        let _one_at_a_time = self.leaving.lock();
+        let mut record = self.job(id).ok_or_else(|| SubmitError::UnknownJob(id.to_owned()))?;
         let running: Vec<String> =
             self.views().into_iter().filter(|view| view.record.job.id == id).map(|view| view.record.id).collect();
         record.stopped = true;
@@ -185,20 +215,31 @@ impl Runner {
             self.node.records.put_job(&record)?;
             self.jobs.lock().insert(id.to_owned(), record);
         }
-        Ok(self.stop_and_wait(&running).await)
+        running.iter().for_each(|id| self.stop_allocation(id));
+        let endings = self.endings(&running);
+        Ok((running, endings))
     }
 
-    /// Stops everything on this node.
+    /// Stops everything on this node; returns when everything is gone.
     pub async fn stop_all(&self) {
-        let mut leaving = self.submitting.lock().await;
-        *leaving = true;
-        let all: Vec<String> = self.live.lock().keys().cloned().collect();
-        self.stop_and_wait(&all).await;
+        let endings = {
+            let mut leaving = self.leaving.lock();
+            *leaving = true;
+            let all: Vec<String> = self.live.lock().keys().cloned().collect();
+            all.iter().for_each(|id| self.stop_allocation(id));
+            self.endings(&all)
+        };
+        wait(endings).await;
         for id in self.jobs.lock().keys() {
             if let Err(error) = self.node.records.remove_job(id) {
                 warn!(%error, "a job's record stays");
             }
         }
+    }
+
+    /// Gives tasks that are being ended no more time, now and from now on.
+    pub fn hurry(&self) {
+        self.node.hurry.cancel();
     }
 
     /// Threads with the rights that allocations need.
@@ -221,7 +262,7 @@ impl Runner {
     /// Every allocation that is not gone.
     #[must_use]
     pub fn views(&self) -> Vec<AllocationView> {
-        self.live.lock().values().map(|live| live.view.borrow().clone()).collect()
+        self.live.lock().values().map(Live::view).collect()
     }
 
     /// The allocation whose id starts with `prefix`, if exactly one does.
@@ -230,7 +271,7 @@ impl Runner {
         let live = self.live.lock();
         let mut matching = live.iter().filter(|(id, _)| id.starts_with(prefix));
         let (_, one) = matching.next()?;
-        matching.next().is_none().then(|| one.view.borrow().clone())
+        matching.next().is_none().then(|| one.view())
     }
 
     /// Compares `job` with what runs of it.
@@ -280,11 +321,10 @@ impl Runner {
         Ok(planned)
     }
 
-    /// Starts the life of an allocation; `false` if its record makes no sense.
-    fn launch(&self, record: AllocationRecord) -> bool {
+    /// Starts the life of an allocation, once those that it replaces are gone.
+    fn launch(&self, record: AllocationRecord, after: Vec<CancellationToken>) {
         let Ok(id) = AllocId::new(&record.id) else {
-            warn!(id = record.id, "a record names no allocation; ignored");
-            return false;
+            return warn!(id = record.id, "a record names no allocation; ignored");
         };
         let (publish, view) = watch::channel(AllocationView {
             record: record.clone(),
@@ -294,32 +334,39 @@ impl Runner {
             services: Vec::new(),
             tasks: BTreeMap::new(),
         });
-        let stop = CancellationToken::new();
-        let allocation = Allocation { id, record: record.clone(), node: Arc::clone(&self.node), view: publish };
-        let life = self.node.runtime.spawn(allocation.run(stop.clone()));
-        self.live.lock().insert(record.id, Live { view, stop, life });
-        true
+        let (stop, gone) = (CancellationToken::new(), CancellationToken::new());
+        if record.stopping {
+            stop.cancel();
+        }
+        let end = End { id: record.id.clone(), lives: Arc::clone(&self.live), gone: gone.clone() };
+        self.live.lock().insert(record.id.clone(), Live { view, stop: stop.clone(), gone });
+        let allocation = Allocation { id, record, node: Arc::clone(&self.node), view: publish };
+        self.node.runtime.spawn(async move {
+            let _end = end;
+            allocation.run(stop, after).await;
+        });
     }
 
     fn stop_allocation(&self, id: &str) {
-        let live = self.live.lock();
-        let Some(live) = live.get(id) else { return };
+        let stop = self.live.lock().get(id).map(|live| live.stop.clone());
+        let Some(stop) = stop.filter(|stop| !stop.is_cancelled()) else { return };
         // If this does not reach the disk, the next agent takes the allocation over and is told to stop it again.
         if let Err(error) = self.node.records.change_allocation(id, |record| record.stopping = true) {
             warn!(%error, "cannot write down that an allocation is stopping");
         }
-        live.stop.cancel();
+        stop.cancel();
     }
 
-    async fn stop_and_wait(&self, ids: &[String]) -> Vec<String> {
-        ids.iter().for_each(|id| self.stop_allocation(id));
-        for id in ids {
-            let Some(live) = self.live.lock().remove(id) else { continue };
-            if let Err(error) = live.life.await {
-                error!(%error, alloc = id, "the life of an allocation ended in a panic");
-            }
-        }
-        ids.to_vec()
+    /// What is cancelled when each of `ids` is gone; those that are gone already have none.
+    fn endings(&self, ids: &[String]) -> Vec<CancellationToken> {
+        let live = self.live.lock();
+        ids.iter().filter_map(|id| live.get(id)).map(|live| live.gone.clone()).collect()
+    }
+}
+
+async fn wait(endings: Vec<CancellationToken>) {
+    for gone in endings {
+        gone.cancelled().await;
     }
 }
 

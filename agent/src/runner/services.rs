@@ -9,6 +9,7 @@ use culvert_control::Control;
 use culvert_jobspec::{EnvironmentError, NodeContext, TemplateError};
 use serde_json::Value;
 use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::dialer::service_prefix;
@@ -16,7 +17,7 @@ use super::records::{RecordError, Records};
 use super::registration::RegistrationError;
 use crate::policy::PolicyEngine;
 use crate::report::chain;
-use crate::task::{CgroupError, DirError, StartError, UnknownSignal};
+use crate::task::{CgroupError, DirError, ExecutorCommand, StartError, UnknownSignal};
 use crate::worker::{NotReady, WorkerHandle};
 use crate::workload::{AllocId, Network, NetworkError};
 
@@ -72,6 +73,10 @@ pub struct NodeServices {
     pub records: Records,
     /// What `${node.…}` means.
     pub context: NodeContext,
+    /// How tasks are started.
+    pub executor: ExecutorCommand,
+    /// Cancelled when tasks get no more time to end by themselves.
+    pub hurry: CancellationToken,
     /// Where this node is reached.
     pub advertise: IpAddr,
     /// The agent's data directory.

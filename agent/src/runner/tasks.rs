@@ -10,8 +10,8 @@ use tracing::{info, warn};
 
 use crate::report::chain;
 use crate::task::{
-    Adoption, ExecutorCommand, ExitStatus, RestartDecision, RestartPolicy, RestartTracker, RunningTask, StartError,
-    TaskSpec, adopt, find_record, start,
+    Adoption, ExecutorCommand, ExitStatus, RestartDecision, RestartPolicy, RestartTracker, RunningTask, Signal,
+    StartError, TaskSpec, adopt, find_record, start,
 };
 
 /// Events kept per task, as Nomad does.
@@ -75,6 +75,8 @@ pub(super) struct TaskLife {
     pub(super) policy: RestartPolicy,
     pub(super) view: watch::Sender<TaskView>,
     pub(super) executor: ExecutorCommand,
+    /// Cancelled when nobody waits any longer for tasks to end by themselves.
+    pub(super) hurry: CancellationToken,
 }
 
 /// What came of waiting for a running task.
@@ -154,7 +156,7 @@ impl TaskLife {
             status = running.wait() => status,
             () = stop.cancelled() => {
                 self.event("Killing", format!("Sent {}", self.spec.kill_signal.as_str()));
-                let status = running.kill(self.spec.kill_signal, self.spec.kill_timeout).await;
+                let status = end(running, self.spec.kill_signal, self.spec.kill_timeout, &self.hurry).await;
                 match status {
                     Ok(status) => self.ended(&status),
                     Err(error) => warn!(%error, task = record.task, "how the task ended is not known"),
@@ -214,6 +216,19 @@ impl TaskLife {
             }
             view.events.push_back(TaskEvent { at: SystemTime::now(), kind, message });
         });
+    }
+}
+
+/// Ends a task; in a `hurry` without the time that it has to end by itself.
+pub(super) async fn end(
+    task: &RunningTask,
+    signal: Signal,
+    timeout: Duration,
+    hurry: &CancellationToken,
+) -> std::io::Result<ExitStatus> {
+    tokio::select! {
+        status = task.kill(signal, timeout) => status,
+        () = hurry.cancelled() => task.kill(Signal::KILL, Duration::ZERO).await,
     }
 }
 

@@ -1,0 +1,177 @@
+//! Jobs on a node without data plane: what is started, what waits for what, what stays. Tasks are real processes.
+
+mod workload_world;
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use culvert_agent::policy::PolicyEngine;
+use culvert_agent::runner::{AllocationStatus, AllocationView, NodeServices, Records, Runner, WorkloadDialer};
+use culvert_agent::task::ExecutorCommand;
+use culvert_agent::worker::{self, Surroundings, WorkerSettings};
+use culvert_agent::workload::Network;
+use culvert_control::{Control, ControlConfig};
+use culvert_jobspec::{Job, NodeContext};
+use culvert_types::{ConnectionEvent, Datacenter};
+use tokio::net::UnixStream;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use workload_world::{World, eventually, in_world};
+
+/// No worker runs here.
+struct NoWorker;
+
+impl Surroundings for NoWorker {
+    fn connect_xds(&self, _stream: UnixStream) {}
+    fn inbound_listener(&self, _proxy: &str, _port: u16, _listener: BorrowedFd<'_>) {}
+    fn event(&self, _service: &str, _event: ConnectionEvent) {}
+    fn events_lost(&self, _count: u64) {}
+}
+
+async fn node(world: &World) -> Arc<NodeServices> {
+    let settings = world.settings();
+    let data_dir = settings.data_dir.clone();
+    let id = "d5c8c2f4-0000-4000-8000-000000000001";
+    let config = ControlConfig::dev("n1", id, Datacenter::new("dc1").expect("a name"));
+    let dialer = Arc::new(WorkloadDialer::new(Handle::current(), settings.clone()));
+    let control = Arc::new(Control::start(config, dialer).await.expect("a control plane"));
+    let worker = WorkerSettings { data_dir: data_dir.clone(), node: "n1".to_owned(), log: "info".to_owned() };
+    let (_never_run, worker) = worker::supervisor(worker, Arc::new(NoWorker));
+    Arc::new(NodeServices {
+        runtime: Handle::current(),
+        network: Arc::new(Network::open(settings).await.expect("a network")),
+        policy: PolicyEngine::new(None, control.mesh()),
+        control,
+        worker,
+        records: Records::open(&data_dir).expect("records"),
+        context: NodeContext { datacenter: "dc1".to_owned(), ..NodeContext::default() },
+        executor: ExecutorCommand {
+            program: PathBuf::from(env!("CARGO_BIN_EXE_culvert")),
+            args: vec!["executor".into()],
+        },
+        hurry: CancellationToken::new(),
+        advertise: Ipv4Addr::LOCALHOST.into(),
+        data_dir,
+        cgroup_parent: world.cgroup_parent.clone(),
+    })
+}
+
+/// A job of one shell; `task` and `group` are added to their blocks.
+fn job(id: &str, script: &str, task: &str, group: &str) -> Job {
+    let text = format!(
+        r#"job "{id}" {{
+  group "g" {{
+    network {{
+      mode = "bridge"
+    }}
+    {group}
+    restart {{
+      attempts = 0
+    }}
+    task "main" {{
+      driver = "raw_exec"
+      config {{
+        command = "/bin/sh"
+        args    = ["-c", "{script}"]
+      }}
+      {task}
+    }}
+  }}
+}}"#
+    );
+    culvert_jobspec::parse(&text, "job.nomad.hcl", &BTreeMap::new()).unwrap_or_else(|errors| panic!("{errors}"))
+}
+
+fn view(runner: &Runner, id: &str) -> AllocationView {
+    runner.allocation(id).unwrap_or_else(|| panic!("no allocation {id}"))
+}
+
+async fn becomes(runner: &Runner, id: &str, status: AllocationStatus) {
+    eventually(&format!("{id} is {}", status.as_str()), async || view(runner, id).status == status).await;
+}
+
+fn lines(path: &Path) -> usize {
+    std::fs::read_to_string(path).map_or(0, |text| text.lines().count())
+}
+
+#[test]
+fn who_waits_for_a_task_to_end_holds_up_nobody() {
+    in_world("runner-waits", async |world| {
+        let runner = Runner::start(node(&world).await);
+        let stubborn = |word: &str| {
+            let script = format!("trap '' INT; echo {word} > /run/said; while :; do sleep 1; done");
+            job("stubborn", &script, "kill_timeout = \"1h\"", "")
+        };
+        let old = runner.submit(stubborn("old")).expect("accepted").created.remove(0);
+        eventually("the old one has its trap", async || lines(Path::new("/run/said")) == 1).await;
+        std::fs::remove_file("/run/said").expect("said");
+        let new = runner.submit(stubborn("new")).expect("accepted while the old one ends");
+        assert_eq!(new.stopped, std::slice::from_ref(&old));
+        let new = new.created[0].clone();
+        assert!(view(&runner, &old).record.stopping, "it can be seen until it is gone");
+
+        let stopping = tokio::spawn({
+            let runner = Arc::clone(&runner);
+            async move { runner.stop("stubborn", false).await }
+        });
+        eventually("the stop is written down", async || runner.job("stubborn").is_some_and(|job| job.stopped)).await;
+        let other = runner.submit(job("other", "sleep 1000", "", "")).expect("accepted").created.remove(0);
+        becomes(&runner, &other, AllocationStatus::Running).await;
+        assert!(!stopping.is_finished() && runner.allocation(&old).is_some(), "the stubborn one has an hour");
+        assert!(!Path::new("/run/said").exists(), "the new one has not begun");
+        eventually("the new one is gone", async || runner.allocation(&new).is_none()).await;
+
+        runner.hurry();
+        let stopped = stopping.await.expect("no panic").expect("stopped");
+        assert!(stopped.contains(&old), "{stopped:?}");
+        assert!(runner.allocation(&old).is_none());
+        runner.stop_all().await;
+        assert!(runner.views().is_empty());
+        runner.submit(job("late", "true", "", "")).expect_err("the agent leaves");
+    });
+}
+
+#[test]
+fn what_replaces_an_allocation_begins_when_that_is_gone() {
+    in_world("runner-replaces", async |world| {
+        let runner = Runner::start(node(&world).await);
+        let slow = |word: &str| {
+            let script = format!(
+                "trap 'sleep 1; echo {word}-ends >> /run/said; exit' INT; echo {word} >> /run/said; sleep 1000 & wait"
+            );
+            job("slow", &script, "kill_timeout = \"1m\"", "")
+        };
+        let old = runner.submit(slow("old")).expect("accepted").created.remove(0);
+        eventually("the old one has its trap", async || lines(Path::new("/run/said")) == 1).await;
+        let new = runner.submit(slow("new")).expect("accepted").created.remove(0);
+        becomes(&runner, &new, AllocationStatus::Running).await;
+        assert!(runner.allocation(&old).is_none());
+        eventually("the new one speaks", async || lines(Path::new("/run/said")) == 3).await;
+        assert_eq!(std::fs::read_to_string("/run/said").expect("text"), "old\nold-ends\nnew\n");
+        runner.stop_all().await;
+    });
+}
+
+#[test]
+fn what_failed_stays_failed_under_the_next_agent() {
+    in_world("runner-failed", async |world| {
+        let node = node(&world).await;
+        let runner = Runner::start(Arc::clone(&node));
+        let failing = job("failing", "echo once >> /run/said; exit 3", "", "");
+        let failed = runner.submit(failing.clone()).expect("accepted").created.remove(0);
+        becomes(&runner, &failed, AllocationStatus::Failed).await;
+        eventually("it is written down", async || node.records.allocations()[0].failed.is_some()).await;
+
+        let next = Runner::start(node);
+        assert_eq!(view(&next, &failed).status, AllocationStatus::Failed);
+        assert_eq!(view(&next, &failed).error.as_deref(), Some("failed tasks: main"));
+        let again = next.submit(failing).expect("accepted");
+        assert_eq!(again.stopped, [failed]);
+        becomes(&next, &again.created[0], AllocationStatus::Failed).await;
+        assert_eq!(lines(Path::new("/run/said")), 2, "once each time it was asked for");
+        next.stop_all().await;
+    });
+}
