@@ -2,22 +2,27 @@
 //!
 //! [`World`] puts the calling thread, and every process it starts, into a network and a mount namespace of their own, with
 //! their own `/run` and BPF file system: names need not be changed, and nothing is left when the last process ends.
-//! [`Node`] is a `culvert agent -dev` in it, steered as a user would: by the command line and the HTTP API.
+//! [`Node`] is an agent in it, steered as a user would: by the command line and the HTTP API. Its applications are programs
+//! of the workspace, or the test itself ([`Apps`]).
 
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "what a failing test prints is its report")]
 
+mod apps;
 mod browser;
 mod http;
 mod node;
+mod pair;
 mod sniff;
 mod world;
 
+pub use apps::{Accepted, App, Apps, End, GREETING, Server, echo, greeting, is_direct};
 pub use browser::Browser;
 pub use http::{get, get_json, post_json, put};
-pub use node::{Node, NodeOptions};
+pub use node::{API, Node, NodeOptions};
+pub use pair::{Pair, calls, group, service, upstream, upstream_mapped, upstream6, wants};
 pub use sniff::{Seen, Sniffer};
-pub use world::World;
+pub use world::{DATA_DIR, Process, World};
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

@@ -1,17 +1,19 @@
-//! A whole node: `culvert agent -dev` with the countdash job.
+//! A whole node: an agent, steered by the command line and the HTTP API, with the jobs of tests.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::http::{get, get_json};
-use crate::world::World;
+use crate::world::{DATA_DIR, World};
 use crate::{binary, eventually};
 
 /// The agent's API in every world.
-const API: &str = "127.0.0.1:8500";
+pub const API: &str = "127.0.0.1:8500";
 
 /// How a node is started.
 #[derive(Clone, Debug)]
@@ -22,11 +24,13 @@ pub struct NodeOptions {
     pub ebpf: bool,
     /// Further lines of configuration.
     pub settings: String,
+    /// `-server`, which keeps its state, instead of `-dev`.
+    pub server: bool,
 }
 
 impl Default for NodeOptions {
     fn default() -> Self {
-        Self { encryption: "always", ebpf: true, settings: String::new() }
+        Self { encryption: "always", ebpf: true, settings: String::new(), server: false }
     }
 }
 
@@ -36,6 +40,7 @@ pub struct Node {
     folder: PathBuf,
     options: NodeOptions,
     cgroup_parent: String,
+    home: PathBuf,
     agent: Option<Child>,
 }
 
@@ -48,7 +53,8 @@ impl Node {
     pub fn start(world: &World, options: NodeOptions) -> Self {
         let folder = PathBuf::from("/run/test");
         std::fs::create_dir_all(&folder).expect("a folder");
-        let mut node = Self { folder, options, cgroup_parent: world.cgroup_parent(), agent: None };
+        let (cgroup_parent, home) = (world.cgroup_parent(), world.home().to_owned());
+        let mut node = Self { folder, options, cgroup_parent, home, agent: None };
         node.configure(node.options.encryption);
         node.spawn();
         node
@@ -60,9 +66,16 @@ impl Node {
     /// When it does not serve.
     pub fn spawn(&mut self) {
         let log = File::options().create(true).append(true).open(self.log_path()).expect("a log");
-        let mut command = Command::new(binary("culvert"));
-        command.args(["agent", "-dev", "-config-file"]).arg(self.settings_path());
+        // The test itself may be in a cgroup of the node's: an agent belongs outside.
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo 0 > \"$0\"/cgroup.procs && exec \"$@\""]).arg(&self.home);
+        command.arg(binary("culvert")).args(["agent", "-config-file"]).arg(self.settings_path());
         command.args(["-cgroup-parent", &self.cgroup_parent]);
+        if self.options.server {
+            command.args(["-server", "-bind", "127.0.0.1", "-data-dir", DATA_DIR]);
+        } else {
+            command.arg("-dev");
+        }
         if !self.options.ebpf {
             command.arg("-no-ebpf");
         }
@@ -95,6 +108,13 @@ impl Node {
         std::fs::write(self.settings_path(), text).expect("write the configuration");
     }
 
+    /// Replaces the further lines of configuration, live.
+    pub fn set(&mut self, settings: &str) {
+        self.options.settings = settings.to_owned();
+        self.configure(self.options.encryption);
+        self.culvert(&["reload"]);
+    }
+
     /// Switches `encryption` live.
     pub fn encrypt(&self, encryption: &str) {
         self.configure(encryption);
@@ -121,12 +141,25 @@ impl Node {
         agent.wait().expect("reap the agent");
     }
 
+    /// Sends a signal to the agent and waits for its end.
+    ///
+    /// # Panics
+    /// When it does not end well.
+    pub fn end(&mut self, signal: Signal) {
+        kill(Pid::from_raw(self.pid()), signal).expect("signal the agent");
+        self.ended();
+    }
+
     /// `culvert leave`: everything is removed, the agent ends.
     ///
     /// # Panics
     /// When the agent does not end well.
     pub fn leave(&mut self) {
         self.culvert(&["leave"]);
+        self.ended();
+    }
+
+    fn ended(&mut self) {
         let status = self.agent.take().expect("the agent runs").wait().expect("reap the agent");
         assert!(status.success(), "the agent ended with {status}:\n{}", self.log());
     }
@@ -240,6 +273,33 @@ impl Node {
         std::thread::sleep(std::time::Duration::from_secs(3));
         let state = self.dashboard();
         assert!(state["connected"] == false && state["count"] == count, "counts although denied: {state}");
+    }
+
+    /// Process id of the worker, if the agent knows one.
+    #[must_use]
+    pub fn worker(&self) -> Option<i32> {
+        let status = self.api("/v1/culvert/status");
+        status["Worker"]["Pid"].as_i64().and_then(|pid| i32::try_from(pid).ok())
+    }
+
+    /// `kill -9` of the worker.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn kill_worker(&self) {
+        let pid = self.worker().expect("a worker");
+        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("kill the worker");
+    }
+
+    /// Process ids of all running tasks.
+    #[must_use]
+    pub fn tasks(&self) -> Vec<i32> {
+        let jobs = self.api("/v1/culvert/jobs");
+        let names = jobs.as_array().into_iter().flatten().filter_map(|job| job["ID"].as_str());
+        let statuses: Vec<Value> = names.map(|name| self.api(&format!("/v1/culvert/job/{name}"))).collect();
+        let allocations = statuses.iter().flat_map(|status| status["Allocations"].as_array().into_iter().flatten());
+        let tasks = allocations.flat_map(|allocation| allocation["Tasks"].as_array().into_iter().flatten());
+        tasks.filter_map(|task| i32::try_from(task["Pid"].as_i64()?).ok()).collect()
     }
 
     /// The first allocation of `group` in `job`.

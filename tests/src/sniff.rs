@@ -1,71 +1,111 @@
-//! A packet socket that looks at what goes to and from one address.
+//! A packet socket that looks at what goes to and from one workload.
 
 use std::io::Read as _;
-use std::net::Ipv4Addr;
-use std::time::{Duration, Instant};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// `ETH_P_ALL` in network order.
 const EVERYTHING: i32 = (0x0003_u16).to_be() as i32;
-/// What the counting service's requests and answers hold.
-const PAYLOAD: [&[u8]; 2] = [b"GET / HTTP/1.1", b"\"count\":"];
+/// Packets wait here while the thread looks at others; the kernel may give less.
+const BUFFER: usize = 8 << 20;
 
 /// What was seen.
 #[derive(Debug, Default)]
 pub struct Seen {
     /// Packets that begin with a TLS record.
     pub tls: usize,
-    /// Packets that hold the payload in plain text.
+    /// Packets that hold a marker in plain text.
     pub plain: usize,
 }
 
-/// Sees every packet of this network namespace's interfaces.
+/// Sees every packet of the interfaces of the network namespace that it was started in.
+#[derive(Debug)]
 pub struct Sniffer {
-    socket: Socket,
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Seen>,
 }
 
 impl Sniffer {
-    /// Opens the packet socket.
+    /// Looks at TCP packets to and from `addresses`, for `markers` in their payload, from now on.
     ///
     /// # Errors
     /// Without the right to.
-    pub fn new() -> anyhow::Result<Self> {
+    pub fn start(addresses: &[IpAddr], markers: &'static [&'static [u8]]) -> anyhow::Result<Self> {
         let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(EVERYTHING)));
         let socket = socket.context("open a packet socket")?;
-        socket.set_read_timeout(Some(Duration::from_millis(200)))?;
-        Ok(Self { socket })
+        socket.set_read_timeout(Some(Duration::from_millis(100)))?;
+        socket.set_recv_buffer_size(BUFFER)?;
+        let (stop, addresses) = (Arc::new(AtomicBool::new(false)), addresses.to_vec());
+        let thread = thread::spawn({
+            let stop = Arc::clone(&stop);
+            move || watch(socket, &addresses, markers, &stop)
+        });
+        Ok(Self { stop, thread })
     }
 
-    /// Looks at packets to and from `address` for a while.
+    /// What was seen until now.
     ///
     /// # Errors
-    /// None so far; a packet that cannot be read is passed over.
-    pub fn watch(mut self, address: Ipv4Addr, time: Duration) -> anyhow::Result<Seen> {
-        let (started, mut seen, mut frame) = (Instant::now(), Seen::default(), vec![0; 65536]);
-        while started.elapsed() < time {
-            let Ok(length) = self.socket.read(&mut frame) else { continue };
-            let Some(payload) = tcp_payload(&frame[..length], address) else { continue };
-            // TLS records: handshake or application data, version 3.x (RFC 8446 §5.1).
-            seen.tls += usize::from(matches!(payload, [0x16 | 0x17, 3, ..]));
-            let plain = PAYLOAD.iter().any(|text| payload.windows(text.len()).any(|window| window == *text));
-            seen.plain += usize::from(plain);
-        }
-        Ok(seen)
+    /// When the thread did not end well.
+    pub fn finish(self) -> anyhow::Result<Seen> {
+        self.stop.store(true, Ordering::SeqCst);
+        self.thread.join().map_err(|_| anyhow::anyhow!("the thread that looked at packets panicked"))
     }
 }
 
-/// The payload of an IPv4 TCP packet to or from `address`.
-fn tcp_payload(frame: &[u8], address: Ipv4Addr) -> Option<&[u8]> {
+fn watch(mut socket: Socket, addresses: &[IpAddr], markers: &[&[u8]], stop: &AtomicBool) -> Seen {
+    let (mut seen, mut frame) = (Seen::default(), vec![0; 65536 + 64]);
+    loop {
+        // What has arrived before the end is looked at.
+        let last = stop.load(Ordering::SeqCst);
+        let Ok(length) = socket.read(&mut frame) else {
+            if last {
+                return seen;
+            }
+            continue;
+        };
+        let Some(payload) = tcp_payload(&frame[..length], addresses) else { continue };
+        // TLS records: handshake or application data, version 3.x (RFC 8446 §5.1).
+        seen.tls += usize::from(matches!(payload, [0x16 | 0x17, 3, ..]));
+        seen.plain += usize::from(markers.iter().any(|marker| holds(payload, marker)));
+    }
+}
+
+fn holds(payload: &[u8], marker: &[u8]) -> bool {
+    let mut rest = payload;
+    while let Some(at) = rest.iter().position(|byte| *byte == marker[0]) {
+        rest = &rest[at..];
+        if rest.starts_with(marker) {
+            return true;
+        }
+        rest = &rest[1..];
+    }
+    false
+}
+
+/// The payload of a TCP packet to or from one of `addresses`.
+fn tcp_payload<'a>(frame: &'a [u8], addresses: &[IpAddr]) -> Option<&'a [u8]> {
     let packet = frame.get(14..)?;
-    if frame.get(12..14)? != [0x08, 0x00] || packet.get(9)? != &6 {
+    let ends_at = |at: usize, address: &IpAddr| match address {
+        IpAddr::V4(address) => packet.get(at..at + 4).is_some_and(|octets| octets == address.octets()),
+        IpAddr::V6(address) => packet.get(at..at + 16).is_some_and(|octets| octets == address.octets()),
+    };
+    let (ends, segment) = match frame.get(12..14)? {
+        [0x08, 0x00] if packet.get(9)? == &6 => ([12, 16], packet.get(usize::from(packet[0] & 0x0f) * 4..)?),
+        // An extension header before TCP would be somebody else's.
+        [0x86, 0xdd] if packet.get(6)? == &6 => ([8, 24], packet.get(40..)?),
+        _ => return None,
+    };
+    let of_family = |address: &&IpAddr| address.is_ipv4() == (ends[0] == 12);
+    let ours = addresses.iter().filter(of_family).any(|address| ends.iter().any(|at| ends_at(*at, address)));
+    if !ours {
         return None;
     }
-    let end = |at: usize| packet.get(at..at + 4).is_some_and(|octets| octets == address.octets());
-    if !end(12) && !end(16) {
-        return None;
-    }
-    let segment = packet.get(usize::from(packet[0] & 0x0f) * 4..)?;
     segment.get(usize::from(segment.get(12)? >> 4) * 4..)
 }

@@ -1,7 +1,6 @@
 //! The main job, end to end: a job file goes in, two allocations talk through the mesh, an intention cuts them off.
 
-use culvert_tests::{Node, NodeOptions, Sniffer, World, eventually};
-use std::time::Duration;
+use culvert_tests::{Node, NodeOptions, Seen, Sniffer, World, eventually};
 
 /// New connections take `path`, as the metrics count them on both sides.
 fn new_connections_take(node: &Node, path: &str) {
@@ -22,9 +21,16 @@ fn allow(node: &Node) {
     node.culvert(&["intention", "create", "-replace", "-allow", "count-dashboard", "count-api"]);
 }
 
-fn api_address(node: &Node) -> std::net::Ipv4Addr {
+/// What a packet socket sees of the API's traffic while the dashboard dials it a few times.
+fn seen_on_the_wire(node: &Node) -> Seen {
     let allocation = node.allocation("countdash", "api");
-    allocation["Addresses"][0].as_str().and_then(|text| text.parse().ok()).expect("an address")
+    let addresses = allocation["Addresses"].as_array().into_iter().flatten();
+    let addresses: Vec<_> = addresses.filter_map(|text| text.as_str()?.parse().ok()).collect();
+    let sniffer = Sniffer::start(&addresses, &[b"GET / HTTP/1.1", b"\"count\":"]).expect("a packet socket");
+    let connections = || node.dashboard()["connections"].as_u64().unwrap_or_default();
+    let before = connections();
+    eventually("the dashboard dials again", || connections() > before + 1);
+    sniffer.finish().expect("packets")
 }
 
 #[test]
@@ -34,15 +40,13 @@ fn countdash_counts_on_both_paths_switched_live() {
     node.run_countdash();
     node.counts();
     new_connections_take(&node, "proxied");
-    let seen =
-        Sniffer::new().expect("a packet socket").watch(api_address(&node), Duration::from_secs(4)).expect("packets");
+    let seen = seen_on_the_wire(&node);
     assert!(seen.tls > 0 && seen.plain == 0, "encryption = always shows payload on the wire: {seen:?}");
 
     node.encrypt("between-nodes");
     new_connections_take(&node, "direct");
     node.counts();
-    let seen =
-        Sniffer::new().expect("a packet socket").watch(api_address(&node), Duration::from_secs(4)).expect("packets");
+    let seen = seen_on_the_wire(&node);
     assert!(seen.plain > 0, "the packet socket sees no payload on the direct path: it proves nothing: {seen:?}");
 
     node.encrypt("always");
@@ -52,7 +56,7 @@ fn countdash_counts_on_both_paths_switched_live() {
 }
 
 #[test]
-fn an_intention_cuts_live_connections_on_both_paths_and_brings_them_back() {
+fn an_intention_cuts_the_dashboard_off_on_both_paths_and_brings_it_back() {
     let world = World::new("intention");
     let mut node = Node::start(&world, NodeOptions::default());
     node.run_countdash();
@@ -60,11 +64,12 @@ fn an_intention_cuts_live_connections_on_both_paths_and_brings_them_back() {
         node.encrypt(encryption);
         allow(&node);
         node.counts();
+        let refused =
+            || node.metric("culvert_refusals_total", &["reason=\"intention\"", "count-dashboard => count-api (deny"]);
+        let before = refused();
         deny(&node);
         node.does_not_count();
-        let refused =
-            node.metric("culvert_refusals_total", &["reason=\"intention\"", "count-dashboard => count-api (deny"]);
-        assert!(refused > 0, "no refusal names its rule");
+        assert!(refused() > before, "no refusal names its rule with {encryption}");
         allow(&node);
         node.counts();
     }
@@ -131,20 +136,7 @@ fn leave_removes_everything_that_carries_our_names() {
     let mut node = Node::start(&world, NodeOptions { encryption: "between-nodes", ..NodeOptions::default() });
     node.run_countdash();
     node.counts();
-    let worker = node.api("/v1/culvert/status")["Worker"]["Pid"].as_u64().expect("a worker");
+    let people = node.people();
     node.leave();
-    let left = |folder: &str, prefix: &str| {
-        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-        names.filter(|name| name.starts_with(prefix)).collect::<Vec<_>>()
-    };
-    assert_eq!(left("/run/netns", "culvert-"), [""; 0], "netns");
-    assert_eq!(left("/sys/fs/bpf/culvert", ""), [""; 0], "pins");
-    let links = world.run("ip", &["-o", "link"]);
-    assert!(!links.contains("culvert0") && !links.contains("cv"), "links: {links}");
-    assert_eq!(world.run("nft", &["list", "tables"]), "", "nftables");
-    for hierarchy in ["unified", "memory", "cpu", "pids"] {
-        assert_eq!(left(&format!("/sys/fs/cgroup/{hierarchy}"), &world.cgroup_parent()), [""; 0], "cgroup {hierarchy}");
-    }
-    assert!(!std::path::Path::new(&format!("/proc/{worker}")).exists(), "the worker still runs");
+    world.assert_nothing_left(&people);
 }
