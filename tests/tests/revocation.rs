@@ -1,0 +1,185 @@
+//! An intention that turns to deny ends live connections: idle and busy, on both paths, over both families, at both ends;
+//! and nobody else's.
+
+#![expect(clippy::print_stdout, reason = "what a failing test prints is its report")]
+
+use std::io::{self, Read as _};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+
+use culvert_tests::{
+    App, Apps, Node, NodeOptions, Pair, Server, World, echo, eventually, is_direct, service, upstream, upstream_mapped,
+    upstream6,
+};
+
+/// How `caller` may come to be denied, and allowed again; `stranger` stays allowed. Each way leaves both allowed.
+struct Way {
+    name: &'static str,
+    default: &'static str,
+    /// What comes before.
+    prepare: &'static [&'static str],
+    deny: &'static str,
+    allow: &'static str,
+}
+
+const WAYS: [Way; 4] = [
+    Way {
+        name: "a reload that turns the default to deny",
+        default: "allow",
+        prepare: &["intention create -allow stranger called"],
+        deny: "default deny",
+        allow: "default allow",
+    },
+    Way {
+        name: "an intention about the pair",
+        default: "allow",
+        prepare: &[],
+        deny: "intention create -deny caller called",
+        allow: "intention create -replace -allow caller called",
+    },
+    Way {
+        name: "an intention about everybody",
+        default: "allow",
+        prepare: &["intention delete caller called"],
+        deny: "intention create -deny * called",
+        allow: "intention create -replace -allow * called",
+    },
+    Way {
+        name: "the end of the intention that allowed",
+        default: "deny",
+        prepare: &["intention create -allow caller called", "intention delete * called"],
+        deny: "intention delete caller called",
+        allow: "intention create -allow caller called",
+    },
+];
+
+fn obey(node: &mut Node, command: &str) {
+    let words: Vec<&str> = command.split(' ').collect();
+    match words[..] {
+        ["default", policy] => set_default(node, policy),
+        _ => drop(node.culvert(&words)),
+    }
+}
+
+fn set_default(node: &mut Node, policy: &str) {
+    node.set(&format!("default_intention_policy = {policy:?}"));
+}
+
+/// A connection that carries bytes all the time.
+struct Busy {
+    rounds: Arc<AtomicUsize>,
+    thread: JoinHandle<io::Error>,
+}
+
+impl Busy {
+    fn start(mut stream: TcpStream) -> Self {
+        let rounds = Arc::new(AtomicUsize::new(0));
+        let thread = thread::spawn({
+            let rounds = Arc::clone(&rounds);
+            move || loop {
+                if let Err(error) = echo(&mut stream, &[7; 1000]) {
+                    return error;
+                }
+                rounds.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        Self { rounds, thread }
+    }
+
+    fn flows(&self) {
+        let before = self.rounds.load(Ordering::SeqCst);
+        eventually("a busy connection carries bytes", || self.rounds.load(Ordering::SeqCst) > before + 3);
+    }
+}
+
+fn assert_cut(what: &str, error: &io::Error) {
+    let cut = matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe
+    );
+    assert!(cut, "{what} ended otherwise: {error:?}");
+}
+
+/// Waits until `app` is greeted over the path that is expected.
+fn open(app: &App, to: SocketAddr, direct: bool) -> TcpStream {
+    let mut opened = None;
+    eventually(&format!("a connection to {to}, direct: {direct}"), || {
+        opened = app.greeted(to).ok().filter(|stream| is_direct(stream) == direct);
+        opened.is_some()
+    });
+    opened.expect("just opened")
+}
+
+/// Opens, denies, looks at all ends, allows again.
+fn deny_and_allow(node: &mut Node, pair: &Pair, server: &Server, way: &Way, to: &[SocketAddr], direct: bool) {
+    set_default(node, way.default);
+    way.prepare.iter().for_each(|command| obey(node, command));
+    let mut idle: Vec<_> = to.iter().map(|to| open(&pair.caller, *to, direct)).collect();
+    let busy: Vec<_> = to.iter().map(|to| Busy::start(open(&pair.caller, *to, direct))).collect();
+    let mut others: Vec<_> = to.iter().map(|to| open(&pair.stranger, *to, direct)).collect();
+    busy.iter().for_each(Busy::flows);
+    let cut = server.cut();
+
+    obey(node, way.deny);
+    for stream in &mut idle {
+        let error = stream.read_exact(&mut [0; 1]).expect_err("nobody sent anything");
+        assert_cut("an idle connection", &error);
+    }
+    for busy in busy {
+        assert_cut("a busy connection", &busy.thread.join().expect("no panic"));
+    }
+    eventually("the called application sees the end of all of them", || server.cut() >= cut + 2 * to.len());
+    for to in to {
+        // What ends live direct connections and what refuses new proxied ones are told at the same time, not in an order.
+        eventually("a new connection is refused", || pair.caller.greeted(*to).is_err());
+        for _ in 0..3 {
+            pair.caller.greeted(*to).expect_err("a denied connection was greeted");
+        }
+    }
+    for stream in &mut others {
+        echo(stream, b"still here").expect("who is allowed is left alone");
+    }
+    assert_eq!(server.cut(), cut + 2 * to.len(), "others were cut too");
+
+    obey(node, way.allow);
+    for to in to {
+        let mut stream = open(&pair.caller, *to, direct);
+        echo(&mut stream, b"back again").expect("allowed again");
+    }
+}
+
+fn denied_connections_end(name: &str, options: NodeOptions, direct: bool) {
+    let to = [upstream(), upstream6(), upstream_mapped()];
+    let world = World::new(name);
+    let mut node = Node::start(&world, options);
+    let apps = Apps::join(&world);
+    let pair = node.run_pair("");
+    let server = pair.called.serve(&service());
+    for way in &WAYS {
+        println!("{}", way.name);
+        deny_and_allow(&mut node, &pair, &server, way, &to, direct);
+    }
+    let path = if direct { "path=\"direct\"" } else { "path=\"proxied\"" };
+    assert!(node.metric("culvert_connections_total", &[path]) > 0, "the metrics know the path otherwise");
+    drop((server, apps));
+    node.leave();
+}
+
+#[test]
+fn denied_connections_end_on_the_direct_path() {
+    let options = NodeOptions { encryption: "between-nodes", ..NodeOptions::default() };
+    denied_connections_end("revoke-direct", options, true);
+}
+
+#[test]
+fn denied_connections_end_on_the_proxied_path() {
+    denied_connections_end("revoke-proxied", NodeOptions::default(), false);
+}
+
+#[test]
+fn denied_connections_end_without_ebpf() {
+    let options = NodeOptions { ebpf: false, encryption: "between-nodes", ..NodeOptions::default() };
+    denied_connections_end("revoke-no-ebpf", options, false);
+}
