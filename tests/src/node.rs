@@ -237,9 +237,18 @@ impl Node {
     /// # Panics
     /// When it is refused.
     pub fn run_job(&self, name: &str, text: &str) {
+        self.culvert(&["job", "run", &self.write_job(name, text)]);
+    }
+
+    /// Writes a job file; its path.
+    ///
+    /// # Panics
+    /// When it cannot.
+    #[must_use]
+    pub fn write_job(&self, name: &str, text: &str) -> String {
         let path = self.folder.join(format!("{name}.nomad.hcl"));
         std::fs::write(&path, text).expect("write the job file");
-        self.culvert(&["job", "run", &path.to_string_lossy()]);
+        path.display().to_string()
     }
 
     /// What the dashboard says of its connection.
