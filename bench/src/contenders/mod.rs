@@ -41,9 +41,9 @@ pub(crate) struct Contender {
 
 /// What every ratio refers to.
 pub(crate) const BASE: &str = "plain TCP";
-const DIRECT: &str = "culvert direct";
-const PROXIED: &str = "culvert mTLS";
-const ENVOY: &str = "Envoy mTLS";
+pub(crate) const DIRECT: &str = "culvert direct";
+pub(crate) const PROXIED: &str = "culvert mTLS";
+pub(crate) const ENVOY: &str = "Envoy mTLS";
 
 /// All contenders, running.
 pub(crate) struct Contenders {

@@ -1,6 +1,7 @@
 //! What a comparison found: as a table, as JSON, as a chart.
 
 mod chart;
+mod goals;
 
 use std::fmt::Write as _;
 use std::fs;
@@ -57,9 +58,12 @@ impl Report {
         for phase in &self.phases {
             write_phase(&mut text, phase, self.processors).expect("writing to a string cannot fail");
         }
+        if let Some(pinned) = self.phases.iter().find(|phase| phase.pinned) {
+            goals::write(&mut text, pinned).expect("writing to a string cannot fail");
+        }
         let Self { culvert, kernel, rounds, millis, .. } = self;
         text + &format!(
-            "culvert {culvert}, Linux {kernel}. Medians of {rounds} rounds; in each, every contender works {millis} ms. \
+            "\nculvert {culvert}, Linux {kernel}. Medians of {rounds} rounds; in each, every contender works {millis} ms. \
              In brackets: multiple of plain TCP in the same round.\n"
         )
     }
