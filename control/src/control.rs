@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::ca::{Authority, Leaves, OpenError};
 use crate::catalog::{Catalog, Place, RegisterError, Registered, UnknownService};
@@ -60,6 +60,12 @@ pub enum StartError {
     /// An address of the HTTP API.
     #[error(transparent)]
     Http(#[from] BindError),
+    /// The xDS server gives private keys to whoever connects.
+    #[error(
+        "xDS server: {0} is no loopback address, and whoever connects gets the private keys of this node's services: there \
+         are no ACLs and no TLS yet. Turn it off (ports.grpc = -1), or give client_addr a loopback address"
+    )]
+    GrpcExposed(SocketAddr),
     /// The address of the xDS server.
     #[error("xDS server: listen on {address}")]
     Grpc {
@@ -99,6 +105,7 @@ impl Control {
     /// [`StartError`].
     pub async fn start(config: ControlConfig, dialer: Arc<dyn CheckDialer>) -> Result<Self, StartError> {
         check_node_name(&config.node_name)?;
+        check_exposure(&config)?;
         let (drain, stop) = (CancellationToken::new(), CancellationToken::new());
         // From here on an error ends what was started.
         let ends = (drain.clone().drop_guard(), stop.clone().drop_guard());
@@ -282,6 +289,18 @@ fn check_node_name(name: &str) -> Result<(), StartError> {
     // It is the first part of keys, which a slash ends.
     if name.is_empty() || name.chars().any(|c| c == '/' || c.is_control()) {
         return Err(StartError::NodeName(name.to_owned()));
+    }
+    Ok(())
+}
+
+/// Nothing proves who a client is, so it has to be on this host; who widens the HTTP API is told what that means.
+fn check_exposure(config: &ControlConfig) -> Result<(), StartError> {
+    let exposed = |address: &SocketAddr| !address.ip().to_canonical().is_loopback();
+    if let Some(address) = config.grpc.filter(exposed) {
+        return Err(StartError::GrpcExposed(address));
+    }
+    for address in config.http.iter().filter(|address| exposed(address)) {
+        warn!(%address, "the HTTP API is reachable from outside: without ACLs and TLS, whoever reaches it rules this node");
     }
     Ok(())
 }

@@ -2,16 +2,17 @@
 
 use std::sync::Arc;
 
-use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::http::{HeaderName, HeaderValue};
 use axum::routing::{get, post};
+use axum::{Extension, Router};
 use culvert_api::{ApiError, AuthorizeRequest, AuthorizeResponse};
 use culvert_types::{ServiceIdentity, ServiceName, SpiffeId};
 
 use super::query::{Query, ReadOptions};
 use super::reply::{Failure, Reply, decode, indexed, json, read_state};
+use super::server::Client;
 use super::{Api, Shared, connect, view};
 use crate::ca::{LeafError, SignError, check_registered};
 use crate::intentions::explain;
@@ -49,8 +50,24 @@ impl From<LeafError> for Failure {
     }
 }
 
+/// Private keys stay on this host while nothing proves who asks.
+fn keys_stay_here(client: Client) -> Result<(), Failure> {
+    if client.is_local {
+        return Ok(());
+    }
+    let text =
+        "Permission denied: private keys are given to clients on this host only: there are no ACLs and no TLS yet";
+    Err(ApiError::forbidden(text).into())
+}
+
 /// A leaf for a service that is registered on this node; with `index`, waits for its renewal.
-async fn leaf(State(api): Shared, Path(service): Path<String>, query: Query) -> Reply {
+async fn leaf(
+    State(api): Shared,
+    Extension(client): Extension<Client>,
+    Path(service): Path<String>,
+    query: Query,
+) -> Reply {
+    keys_stay_here(client)?;
     let options = ReadOptions::parse(&query, &api)?;
     let service = ServiceName::new(&service).map_err(|err| Failure(ApiError::bad_request(err)))?;
     // The authority checks it again when it signs; here it keeps strangers from starting work, and cached leaves from them.
@@ -87,4 +104,16 @@ async fn authorize(State(api): Shared, query: Query, body: Bytes) -> Reply {
     let source = ServiceIdentity::try_from(uri).map_err(|_| bad("ClientCertURI not a valid Service identifier"))?;
     let (authorized, reason) = explain(&api.ledger.state(), &source.service, &target, api.default_policy());
     json(&api, &query, &AuthorizeResponse { authorized, reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_given_to_this_host_only() {
+        assert!(keys_stay_here(Client { is_local: true }).is_ok());
+        let refused = keys_stay_here(Client { is_local: false }).expect_err("another host");
+        assert_eq!(refused.0.status, 403);
+    }
 }

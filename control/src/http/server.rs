@@ -47,6 +47,22 @@ pub struct BindError {
     pub source: io::Error,
 }
 
+/// Who sends a request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Client {
+    /// A process of this host, in the agent's network namespace.
+    pub(super) is_local: bool,
+}
+
+impl Client {
+    /// `own` is this end's address: what comes from it, or from a loopback, comes from this host. The kernel drops packets
+    /// of others that carry such a source.
+    fn new(peer: IpAddr, own: Option<IpAddr>) -> Self {
+        let (peer, own) = (peer.to_canonical(), own.map(|own| own.to_canonical()));
+        Self { is_local: peer.is_loopback() || own == Some(peer) }
+    }
+}
+
 /// Bound listeners.
 pub(crate) struct HttpServer {
     listeners: Vec<TcpListener>,
@@ -148,8 +164,10 @@ impl Shared {
             debug!(%peer, %err, "HTTP API: TCP_NODELAY not set");
         }
         let router = self.router.clone();
-        let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+        let client = Client::new(peer.ip(), stream.local_addr().ok().map(|own| own.ip()));
+        let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
             let router = router.clone();
+            request.extensions_mut().insert(client);
             async move {
                 let response: Result<Response<Body>, Infallible> = router.oneshot(request.map(Body::new)).await;
                 response
@@ -216,6 +234,30 @@ impl Drop for Place {
             if *open == 0 {
                 clients.remove(&self.client);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_is_local_when_no_other_host_can_send_from_its_address() {
+        for (peer, own, is_local) in [
+            ("127.0.0.1", Some("127.0.0.1"), true),
+            ("127.0.0.1", None, true),
+            ("::1", Some("::1"), true),
+            ("::ffff:127.0.0.1", Some("::ffff:127.0.0.1"), true),
+            ("192.0.2.7", Some("192.0.2.7"), true),
+            ("::ffff:192.0.2.7", Some("192.0.2.7"), true),
+            ("192.0.2.8", Some("192.0.2.7"), false),
+            ("172.26.64.2", Some("172.26.64.1"), false),
+            ("2001:db8::1", Some("2001:db8::2"), false),
+            ("192.0.2.7", None, false),
+        ] {
+            let address = |text: &str| text.parse().expect("an address");
+            assert_eq!(Client::new(address(peer), own.map(address)).is_local, is_local, "{peer} to {own:?}");
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Start, restart, shutdown, and what the rest of the agent sees.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::Router;
@@ -86,13 +87,17 @@ async fn the_agents_own_routes_are_served_beside() {
 }
 
 #[tokio::test]
-async fn an_address_that_is_taken_is_named() {
+async fn an_address_or_name_that_does_not_do_is_named() {
     let first = Server::start().await;
     let mut second = config();
     second.http = first.control.http_addrs().to_vec();
     let taken = second.http[0];
     let err = Control::start(second, Arc::new(NodeDialer)).await.err().expect("taken").to_string();
     assert_eq!(err, format!("HTTP API: listen on {taken}"));
+    let mut open = config();
+    open.grpc = Some(SocketAddr::from(([0, 0, 0, 0], 0)));
+    let err = Control::start(open, Arc::new(NodeDialer)).await.err().expect("it would give keys to the network");
+    assert!(matches!(err, StartError::GrpcExposed(_)), "{err}");
     let mut bad = config();
     bad.node_name = "a/b".to_owned();
     assert!(matches!(Control::start(bad, Arc::new(NodeDialer)).await, Err(StartError::NodeName(_))));
