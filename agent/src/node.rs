@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail};
-use culvert_control::ca::{CaSettings, Clock};
+use culvert_control::ca::{CaSettings, Clock, ConfigurationUpdate};
 use culvert_control::xds::XdsLimits;
 use culvert_control::{CONSUL_VERSION, Control, ControlConfig, HttpLimits, Reloadable, XdsPeer};
 use culvert_jobspec::NodeContext;
@@ -190,12 +190,12 @@ async fn on<T: Send + 'static>(runtime: &Handle, work: impl Future<Output = T> +
 }
 
 fn control_config(settings: &Settings, node_file: &NodeFile, routes: axum::Router) -> ControlConfig {
-    let ca = CaSettings {
+    let ca_given = ConfigurationUpdate {
         leaf_ttl: settings.ca.leaf_ttl,
         intermediate_ttl: settings.ca.intermediate_ttl,
         root_ttl: settings.ca.root_ttl,
         csr_max_per_second: settings.ca.csr_max_per_second,
-        ..CaSettings::default()
+        ..ConfigurationUpdate::default()
     };
     let limits = HttpLimits {
         max_connections: settings.limits.http_max_conns,
@@ -214,7 +214,8 @@ fn control_config(settings: &Settings, node_file: &NodeFile, routes: axum::Route
         sidecar_ports: settings.sidecar_ports.clone(),
         version: CONSUL_VERSION,
         dev: settings.dev,
-        ca,
+        ca: CaSettings::default(),
+        ca_given,
         clock: Clock::system(),
         limits,
         xds_limits: XdsLimits::default(),

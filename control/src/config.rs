@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::Router;
 use culvert_types::{Action, Datacenter, Encryption};
 
-use crate::ca::{CaSettings, Clock};
+use crate::ca::{CaSettings, Clock, ConfigurationUpdate};
 use crate::xds::XdsLimits;
 
 /// Sidecar ports, as Consul's `ports.sidecar_min_port` and `sidecar_max_port`.
@@ -41,6 +41,8 @@ pub struct ControlConfig {
     pub dev: bool,
     /// How a new certificate authority is made.
     pub ca: CaSettings,
+    /// Settings of the authority that the operator gave: they hold for one that is there already, too.
+    pub ca_given: ConfigurationUpdate,
     /// What the certificate authority takes for the time.
     pub clock: Clock,
     /// Limits of the HTTP API.
@@ -114,6 +116,7 @@ impl ControlConfig {
             version: CONSUL_VERSION,
             dev: true,
             ca: CaSettings::default(),
+            ca_given: ConfigurationUpdate::default(),
             clock: Clock::system(),
             limits: HttpLimits::default(),
             xds_limits: XdsLimits::default(),

@@ -14,7 +14,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
-use crate::ca::{Authority, Leaves, OpenError};
+use crate::ca::{Authority, ConfigureError, Leaves, OpenError};
 use crate::catalog::{Catalog, Place, RegisterError, Registered, UnknownService};
 use crate::checks::{CheckDialer, Checks};
 use crate::config::{ControlConfig, Reloadable};
@@ -57,6 +57,9 @@ pub enum StartError {
     /// The certificate authority.
     #[error("certificate authority")]
     Authority(#[from] OpenError),
+    /// Settings of an authority that is there already.
+    #[error("settings of the certificate authority")]
+    Configure(#[from] ConfigureError),
     /// An address of the HTTP API.
     #[error(transparent)]
     Http(#[from] BindError),
@@ -124,8 +127,9 @@ impl Control {
         });
         let catalog = Catalog::new(ledger.clone(), Arc::clone(&place));
         catalog.announce(&node(&config)).await.map_err(StartError::Announce)?;
-        let (ca, clock) = (config.ca.clone(), config.clock.clone());
+        let (ca, clock) = (config.ca_given.over(config.ca.clone()), config.clock.clone());
         let authority = Authority::open(ledger.clone(), config.datacenter.clone(), ca, clock, stop.clone()).await?;
+        authority.configure(&config.ca_given).await?;
         let leaves = Leaves::new(authority, &config.node_name, stop.clone());
         let (settings, settings_seen) = watch::channel(config.settings);
 

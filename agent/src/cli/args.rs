@@ -23,6 +23,9 @@ pub(super) enum Command {
     /// Says which service may call which
     #[command(subcommand)]
     Intention(IntentionCommand),
+    /// Looks after the mesh itself
+    #[command(subcommand)]
+    Connect(ConnectCommand),
     /// Shows connections as they open, close and are refused
     Observe(ObserveArgs),
     /// Shows what the agent, its worker and its kernel programs are doing
@@ -365,6 +368,38 @@ pub(super) struct IntentionIdArgs {
 pub(super) struct IntentionListArgs {
     #[command(flatten)]
     pub(super) consul: ConsulArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ConnectCommand {
+    /// Settings and root of the certificate authority
+    #[command(subcommand)]
+    Ca(CaCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum CaCommand {
+    /// Shows the settings
+    GetConfig(CaArgs),
+    /// Changes the settings that a file names
+    SetConfig(CaSetConfigArgs),
+    /// Makes a new root; the old one stays trusted until everything that it signed has ended
+    Rotate(CaArgs),
+}
+
+#[derive(Args, Debug)]
+pub(super) struct CaArgs {
+    #[command(flatten)]
+    pub(super) consul: ConsulArgs,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct CaSetConfigArgs {
+    #[command(flatten)]
+    pub(super) consul: ConsulArgs,
+    /// JSON file: {"Provider": "consul", "Config": {"LeafCertTTL": "24h"}}
+    #[arg(long, value_name = "FILE")]
+    pub(super) config_file: PathBuf,
 }
 
 #[derive(Args, Debug)]

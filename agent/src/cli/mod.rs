@@ -5,6 +5,7 @@
 //! HTTP API and print through one [`output::Output`]. What the long-running roles do is not known here: [`Roles`] brings it.
 
 mod args;
+mod connect;
 mod connection;
 mod intention;
 mod job;
@@ -164,6 +165,7 @@ fn execute(command: Command, session: &mut Session<'_>, roles: &Roles) -> anyhow
         Command::Agent(args) => (roles.agent)(*args).map(|()| OK),
         Command::Job(command) => job::run(command, session),
         Command::Intention(command) => wait(intention::run(command, session)),
+        Command::Connect(args::ConnectCommand::Ca(command)) => wait(connect::ca(command, session)),
         Command::Observe(args) => wait(observe::run(&args, session)),
         Command::Status(args) => wait(node::status(&args, session)),
         Command::Services(args) => wait(node::services(&args, session)),

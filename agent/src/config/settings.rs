@@ -23,7 +23,6 @@ const DEFAULT_SIDECAR_PORTS: RangeInclusive<u16> = 21000..=21255;
 const DEFAULT_HTTP_CONNS: usize = 4096;
 /// Above Consul's 200: every blocked read holds a connection, and all clients of an agent come from loopback.
 const DEFAULT_HTTP_CONNS_PER_CLIENT: usize = 1024;
-const HOUR: Duration = Duration::from_secs(3600);
 
 /// Everything the agent is told, checked.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -60,17 +59,17 @@ pub struct Settings {
     pub limits: Limits,
 }
 
-/// Lives of certificates. Their ranges are the certificate authority's to check.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+/// Lives of certificates. Ranges and defaults are the certificate authority's; what is not given stays as it was set last.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct CaTimes {
-    /// Life of a leaf; default 72 h.
-    pub leaf_ttl: Duration,
-    /// Life of an intermediate; default 8760 h.
-    pub intermediate_ttl: Duration,
-    /// Life of a root; default 87600 h.
-    pub root_ttl: Duration,
-    /// Certificates signed per second; 0 for no limit. Default 50.
-    pub csr_max_per_second: u32,
+    /// Life of a leaf.
+    pub leaf_ttl: Option<Duration>,
+    /// Life of an intermediate.
+    pub intermediate_ttl: Option<Duration>,
+    /// Life of a root.
+    pub root_ttl: Option<Duration>,
+    /// Certificates signed per second; 0 for no limit.
+    pub csr_max_per_second: Option<u32>,
 }
 
 /// Settings of the kernel programs.
@@ -185,10 +184,10 @@ impl Draft {
             data_dir: self.data_dir.unwrap_or_else(|| default_dir.into()),
             log_level: self.log_level.unwrap_or_default(),
             ca: CaTimes {
-                leaf_ttl: self.leaf_ttl.unwrap_or(72 * HOUR),
-                intermediate_ttl: self.intermediate_ttl.unwrap_or(8760 * HOUR),
-                root_ttl: self.root_ttl.unwrap_or(87_600 * HOUR),
-                csr_max_per_second: self.csr_max_per_second.unwrap_or(50),
+                leaf_ttl: self.leaf_ttl,
+                intermediate_ttl: self.intermediate_ttl,
+                root_ttl: self.root_ttl,
+                csr_max_per_second: self.csr_max_per_second,
             },
             default_policy: self.default_policy.unwrap_or(if dev { Action::Allow } else { Action::Deny }),
             encryption: self.encryption.unwrap_or_default(),

@@ -31,7 +31,7 @@ fn without_files_the_defaults_hold() {
     assert_eq!((settings.default_policy, settings.encryption), (Action::Deny, Encryption::Always));
     assert_eq!(settings.sidecar_ports, Some(21000..=21255));
     assert_eq!(settings.data_dir, PathBuf::from("/var/lib/culvert"));
-    assert_eq!(settings.ca.leaf_ttl, Duration::from_secs(72 * 3600));
+    assert_eq!(settings.ca, CaTimes::default());
     assert!(settings.ebpf.enabled && settings.cgroup_parent == "culvert");
 }
 
@@ -64,8 +64,14 @@ fn every_key_in_scope_is_honoured() {
     assert_eq!(settings.grpc.len(), 2);
     assert_eq!(settings.advertise.to_string(), "192.0.2.8");
     assert_eq!((settings.log_level, settings.sidecar_ports.clone()), (LogLevel::Warn, Some(20000..=20010)));
-    assert_eq!(settings.ca.leaf_ttl, Duration::from_secs(5400));
-    assert_eq!((settings.ca.root_ttl, settings.ca.csr_max_per_second), (Duration::from_secs(8760 * 3600), 7));
+    let (leaf_ttl, root_ttl) = (Duration::from_secs(5400), Duration::from_secs(8760 * 3600));
+    let given = CaTimes {
+        leaf_ttl: Some(leaf_ttl),
+        root_ttl: Some(root_ttl),
+        csr_max_per_second: Some(7),
+        ..CaTimes::default()
+    };
+    assert_eq!(settings.ca, given);
     assert_eq!((settings.default_policy, settings.encryption), (Action::Allow, Encryption::BetweenNodes));
     assert_eq!(settings.ebpf, EbpfSettings { enabled: false, bpf_dir: "/sys/fs/bpf/test".into() });
     assert_eq!(settings.cgroup_parent, "test/culvert-1");

@@ -37,6 +37,8 @@ const HOUSEKEEPING: Duration = Duration::from_secs(3600);
 const ROOT_RENEWAL: f64 = 0.9;
 /// Pause after a root that should have been replaced was not.
 const ROOT_RETRY: Duration = Duration::from_secs(60);
+/// Most roots that are trusted at a time: each goes to every proxy, and stays for twice the life of a leaf.
+pub const MAX_ROOTS: usize = 16;
 /// The name of roots that the API shows.
 const ROOT_NAME: &str = "Consul CA Primary Cert";
 
@@ -106,6 +108,11 @@ pub enum RotateError {
     /// The stored key of the old root.
     #[error("private key of the active root")]
     Key(#[from] super::KeyError),
+    /// [`MAX_ROOTS`].
+    #[error(
+        "{MAX_ROOTS} roots are trusted already: an old one goes when the leaves that it signed have ended, try again later"
+    )]
+    TooMany,
     /// The authority is not made yet.
     #[error(transparent)]
     View(#[from] ViewError),
@@ -154,7 +161,7 @@ pub enum ConfigureError {
     Store(#[from] UpdateError),
 }
 
-/// What `PUT /v1/connect/ca/configuration` asks for; `None` keeps what is.
+/// What `PUT /v1/connect/ca/configuration` or a configuration file asks for; `None` keeps what is.
 #[derive(Clone, Debug, Default)]
 pub struct ConfigurationUpdate {
     /// `Provider`; empty or `consul`.
@@ -173,6 +180,20 @@ pub struct ConfigurationUpdate {
     pub has_private_key: bool,
     /// `Config.RootCert` was given and not empty. Refused.
     pub has_root_cert: bool,
+}
+
+impl ConfigurationUpdate {
+    /// `settings` with what is asked for.
+    #[must_use]
+    pub fn over(&self, settings: CaSettings) -> CaSettings {
+        CaSettings {
+            leaf_ttl: self.leaf_ttl.unwrap_or(settings.leaf_ttl),
+            intermediate_ttl: self.intermediate_ttl.unwrap_or(settings.intermediate_ttl),
+            root_ttl: self.root_ttl.unwrap_or(settings.root_ttl),
+            csr_max_per_second: self.csr_max_per_second.unwrap_or(settings.csr_max_per_second),
+            ..settings
+        }
+    }
 }
 
 /// What `GET /v1/connect/ca/configuration` shows.
@@ -213,7 +234,7 @@ impl Authority {
     /// Opens the authority of the store, making trust domain and first root if there is none, and starts to look after it.
     ///
     /// Settings in the store win over `settings`, which only say how a new authority is made, except for those that have no
-    /// place in the store.
+    /// place in the store. What an operator asks for goes through [`Self::configure`].
     ///
     /// # Errors
     /// [`OpenError`].
@@ -328,7 +349,7 @@ impl Authority {
     }
 
     /// Makes a new root. The old one vouches for it (a cross-signed certificate goes out with every new leaf), stays trusted
-    /// for twice the life of a leaf, and loses its private key.
+    /// for twice the life of a leaf, and loses its private key. Runs by itself when a root nears its end.
     ///
     /// # Errors
     /// [`RotateError`]; nothing changed then.
@@ -351,23 +372,20 @@ impl Authority {
         if update.has_root_cert {
             return Err(ConfigureError::Unsupported("RootCert"));
         }
-        self.shared
-            .ledger
-            .update(|state, plan| {
-                let rows = Rows::read(state)?.ok_or(ViewError::Missing)?;
-                let mut row = rows.config.value.clone();
-                let mut settings = row.settings(&self.shared.local);
-                settings.leaf_ttl = update.leaf_ttl.unwrap_or(settings.leaf_ttl);
-                settings.intermediate_ttl = update.intermediate_ttl.unwrap_or(settings.intermediate_ttl);
-                settings.root_ttl = update.root_ttl.unwrap_or(settings.root_ttl);
-                settings.csr_max_per_second = update.csr_max_per_second.unwrap_or(settings.csr_max_per_second);
-                settings.check()?;
-                row.take(&settings);
-                row.rotation_period = update.rotation_period.clone().or(row.rotation_period);
-                rows::put_config(plan, &row);
-                Ok(())
-            })
-            .await
+        let changed = self.shared.ledger.update(|state, plan| {
+            let rows = Rows::read(state)?.ok_or(ViewError::Missing)?;
+            let mut row = rows.config.value.clone();
+            let settings = update.over(row.settings(&self.shared.local));
+            settings.check()?;
+            row.take(&settings);
+            row.rotation_period = update.rotation_period.clone().or(row.rotation_period);
+            rows::put_config(plan, &row);
+            Ok::<_, ConfigureError>((row != rows.config.value).then_some(settings))
+        });
+        if let Some(settings) = changed.await? {
+            info!(?settings, "the authority's settings changed; they hold for what is signed from now on");
+        }
+        Ok(())
     }
 
     /// Drops roots that are no longer trusted. Runs by itself every hour.
@@ -477,6 +495,9 @@ impl Shared {
             .ledger
             .update(|state, plan| {
                 let rows = Rows::read(state)?.ok_or(ViewError::Missing)?;
+                if rows.roots.len() >= MAX_ROOTS {
+                    return Err(RotateError::TooMany);
+                }
                 let settings = rows.config.settings(&self.local);
                 let new = root::generate(&self.trust_domain, serial, now, settings.root_ttl)?;
                 let mut old = rows.active()?.value.clone();

@@ -27,7 +27,7 @@ use std::time::Duration;
 
 pub(crate) use self::authority::check_registered;
 pub use self::authority::{
-    Authority, Configuration, ConfigurationUpdate, ConfigureError, OpenError, RotateError, SignError,
+    Authority, Configuration, ConfigurationUpdate, ConfigureError, MAX_ROOTS, OpenError, RotateError, SignError,
 };
 pub use self::clock::Clock;
 pub use self::key::KeyError;

@@ -1,5 +1,6 @@
 //! The HTTP API over real sockets.
 
+mod authority;
 mod blocking;
 mod client;
 mod connect;

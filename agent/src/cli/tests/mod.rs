@@ -1,5 +1,6 @@
 //! Commands as users type them, against a real control plane, or an agent with canned answers where a real one needs root.
 
+mod connect;
 mod fake;
 mod intention;
 mod job;
