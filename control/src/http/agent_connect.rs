@@ -76,7 +76,8 @@ async fn leaf(
     let mut watch = api.requested.watch(&api.leaves, &service)?;
     let mut leaf = watch.ready().await?;
     let deadline = tokio::time::Instant::now() + options.wait + jitter(options.wait / 16);
-    while options.index > 0 && view::leaf_index(&leaf) <= options.index {
+    // An index from the future is one of an earlier authority: its reader starts anew.
+    while options.index > 0 && view::leaf_index(&leaf) == options.index {
         let _blocked = api.metrics.blocked();
         let renewed = tokio::time::timeout_at(deadline, watch.changed());
         match api.drain.run_until_cancelled(renewed).await {

@@ -1,6 +1,6 @@
 //! The certificate authority from outside: its settings, the rotation of its root, and readers that wait for both.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use culvert_control::ControlConfig;
 use culvert_control::ca::{CaSettings, ConfigurationUpdate};
@@ -108,6 +108,19 @@ async fn a_rotation_gives_two_roots_of_which_the_old_one_vouches_for_the_new() {
         answer = server.put(ROTATE, Value::Null).await;
     }
     assert!(answer.status == 429 && answer.body.contains("16 roots are trusted already"), "{answer:?}");
+}
+
+#[tokio::test]
+async fn an_index_of_an_earlier_authority_is_answered_at_once() {
+    let server = start().await;
+    let leaf = server.get(LEAF).await;
+    let asked = Instant::now();
+    for path in [LEAF, "/v1/agent/connect/ca/roots", "/v1/connect/ca/roots"] {
+        let answer = server.get(&format!("{path}?index=1000000&wait=10m")).await;
+        assert!(answer.status == 200 && answer.index() < 1000, "{path}: {answer:?}");
+    }
+    assert_eq!(server.get(&format!("{LEAF}?index=1000000")).await.index(), leaf.index());
+    assert!(asked.elapsed() < Duration::from_secs(60), "nobody waited");
 }
 
 #[tokio::test]
