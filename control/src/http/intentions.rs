@@ -151,7 +151,7 @@ async fn match_names(State(api): Shared, query: Query) -> Reply {
     };
     let mut names = Vec::new();
     for text in query.all("name").filter(|text| !text.is_empty()) {
-        names.push(subject("name", local_name("name", text)?)?);
+        names.push((text, subject("name", local_name("name", text)?)?));
     }
     if names.is_empty() {
         return Err(bad("required query parameter 'name' not set"));
@@ -163,7 +163,8 @@ async fn match_names(State(api): Shared, query: Query) -> Reply {
         let list = |name: &IntentionSubject| -> Vec<Wire> {
             matching(state, side, name).map(|entry| view::intention(entry)).collect()
         };
-        Ok(names.iter().map(|name| (name.to_string(), list(name))).collect::<BTreeMap<_, _>>())
+        // By the names as they were asked, for clients that look for theirs.
+        Ok(names.iter().map(|(asked, name)| (*asked, list(name))).collect::<BTreeMap<_, _>>())
     })
     .await
 }

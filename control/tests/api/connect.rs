@@ -87,6 +87,10 @@ async fn intentions_are_written_listed_matched_and_obeyed() {
     assert_eq!(precedence(&filtered), [9]);
     let matched = server.get("/v1/connect/intentions/match?by=destination&name=api&name=db").await.ok();
     assert_eq!((precedence(&matched["api"]), precedence(&matched["db"])), (vec![9, 8, 6], vec![6]));
+    let names = ["default/api", "default/default/api", "*"];
+    let asked = names.map(|name| format!("&name={name}")).concat();
+    let matched = server.get(&format!("/v1/connect/intentions/match?by=destination{asked}")).await.ok();
+    assert_eq!(names.map(|name| precedence(&matched[name])), [vec![9, 8, 6], vec![9, 8, 6], vec![6]], "{matched}");
 
     let allowed = async |source: &str, destination: &str| {
         let path = format!("/v1/connect/intentions/check?source={source}&destination={destination}");
