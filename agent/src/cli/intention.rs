@@ -19,6 +19,8 @@ use super::{OK, Session, key_value};
 
 /// Exit code of `check` for a connection that is not allowed.
 const DENIED: u8 = 1;
+/// Exit code of `list` when there is nothing to list.
+const EMPTY: u8 = 2;
 /// Longest intention file that is read.
 const MAX_FILE: u64 = 1024 * 1024;
 
@@ -43,8 +45,7 @@ async fn create(args: &IntentionCreateArgs, session: &mut Session<'_>) -> anyhow
     let intentions = if args.file { from_files(args)? } else { vec![from_args(args)?] };
     let client = client(&args.consul.http, &session.env)?;
     for intention in intentions {
-        let (source, destination) = (&intention.source_name, &intention.destination_name);
-        let exact = exact(source, destination).consul(&args.consul, &session.env);
+        let exact = exact(&source(&intention), &destination(&intention)).consul(&args.consul, &session.env);
         if args.replace
             && look_up(&client, &exact).await.with_context(|| replacing("looking up", &intention))?.is_some()
         {
@@ -62,7 +63,7 @@ async fn create(args: &IntentionCreateArgs, session: &mut Session<'_>) -> anyhow
 
 fn replacing(doing: &str, intention: &Intention) -> String {
     let purpose = if doing == "looking up" { " for replacement" } else { "" };
-    let (source, destination) = (&intention.source_name, &intention.destination_name);
+    let (source, destination) = (source(intention), destination(intention));
     format!("Error {doing} intention{purpose} with source {source:?} and destination {destination:?}")
 }
 
@@ -70,9 +71,15 @@ fn from_args(args: &IntentionCreateArgs) -> anyhow::Result<Intention> {
     let [source, destination] = &args.args[..] else {
         bail!("Error: Must specify two arguments: source and destination");
     };
+    let ([source_partition, source_ns, source_name], [destination_partition, destination_ns, destination_name]) =
+        (target(source)?, target(destination)?);
     let mut intention = Intention {
-        source_name: source.clone(),
-        destination_name: destination.clone(),
+        source_partition,
+        source_ns,
+        source_name,
+        destination_partition,
+        destination_ns,
+        destination_name,
         source_type: "consul".to_owned(),
         action: if args.deny { "deny" } else { "allow" }.to_owned(),
         ..Intention::default()
@@ -82,6 +89,18 @@ fn from_args(args: &IntentionCreateArgs) -> anyhow::Result<Intention> {
         intention.meta.insert(key.to_owned(), value.to_owned());
     }
     Ok(intention)
+}
+
+/// Partition, namespace and name of `web`, `default/web` or `default/default/web`. The agent refuses others than `default`.
+fn target(text: &str) -> anyhow::Result<[String; 3]> {
+    let parts: Vec<&str> = text.split('/').collect();
+    let parts = match parts[..] {
+        [name] => ["", "", name],
+        [namespace, name] => ["", namespace, name],
+        [partition, namespace, name] => [partition, namespace, name],
+        _ => bail!("Error: {text:?} has more than three parts: partition/namespace/name"),
+    };
+    Ok(parts.map(str::to_owned))
 }
 
 fn from_files(args: &IntentionCreateArgs) -> anyhow::Result<Vec<Intention>> {
@@ -140,10 +159,8 @@ async fn get(consul: &ConsulArgs, args: &[String], session: &mut Session<'_>) ->
     let client = client(&consul.http, &session.env)?;
     let found = look_up(&client, &target).await.context("Error reading the intention")?;
     let intention = found.ok_or_else(|| not_found(args))?;
-    let mut rows: Vec<(String, String)> = vec![
-        ("Source:".into(), intention.source_name.clone()),
-        ("Destination:".into(), intention.destination_name.clone()),
-    ];
+    let mut rows: Vec<(String, String)> =
+        vec![("Source:".into(), source(&intention)), ("Destination:".into(), destination(&intention))];
     for (name, value) in
         [("Action:", &intention.action), ("ID:", &intention.id), ("Description:", &intention.description)]
     {
@@ -163,25 +180,20 @@ async fn list(consul: &ConsulArgs, session: &mut Session<'_>) -> anyhow::Result<
     let intentions = client(&consul.http, &session.env)?.get::<Vec<Intention>>(target.as_str()).await;
     let mut table = Table::new(&["ID", "Source", "Action", "Destination", "Precedence"]);
     for intention in intentions.context("Failed to retrieve the intentions list")? {
-        let Intention { id, source_name, destination_name, precedence, .. } = &intention;
-        table.row([id, source_name, &action(&intention), destination_name, precedence]);
+        let Intention { id, precedence, .. } = &intention;
+        table.row([id, &source(&intention), &action(&intention), &destination(&intention), precedence]);
     }
     if table.is_empty() {
         session.output.error("There are no intentions.");
-    } else {
-        table.print(&mut session.output)?;
+        return Ok(EMPTY);
     }
+    table.print(&mut session.output)?;
     Ok(OK)
 }
 
 async fn delete(consul: &ConsulArgs, args: &[String], session: &mut Session<'_>) -> anyhow::Result<u8> {
     let target = one(args)?.consul(consul, &session.env);
-    let client = client(&consul.http, &session.env)?;
-    // The API deletes what is not there without complaint; people want to know that they mistyped.
-    if look_up(&client, &target).await.context("Error deleting the intention")?.is_none() {
-        return Err(not_found(args)).context("Error deleting the intention");
-    }
-    let deleted = client.bytes(Method::DELETE, target.as_str(), None::<&()>).await;
+    let deleted = client(&consul.http, &session.env)?.bytes(Method::DELETE, target.as_str(), None::<&()>).await;
     deleted.context("Error deleting the intention")?;
     session.output.line("Intention deleted.")?;
     Ok(OK)
@@ -217,8 +229,20 @@ async fn look_up(client: &Client, target: &Target) -> Result<Option<Intention>, 
 
 /// `web => api (allow)`
 fn summary(intention: &Intention) -> String {
-    let Intention { source_name, destination_name, .. } = intention;
-    format!("{source_name} => {destination_name} ({})", action(intention))
+    format!("{} => {} ({})", source(intention), destination(intention), action(intention))
+}
+
+fn source(intention: &Intention) -> String {
+    full_name(&intention.source_ns, &intention.source_name)
+}
+
+fn destination(intention: &Intention) -> String {
+    full_name(&intention.destination_ns, &intention.destination_name)
+}
+
+/// Without the namespace `default`, as Consul prints it.
+fn full_name(namespace: &str, name: &str) -> String {
+    if matches!(namespace, "" | "default") { name.to_owned() } else { format!("{namespace}/{name}") }
 }
 
 fn action(intention: &Intention) -> String {

@@ -1,8 +1,9 @@
 //! The `culvert` command: arguments, dispatch, exit codes.
 //!
 //! Habits of Consul and Nomad hold: flags with one dash or two, their verbs, output and exit codes (0 good, 1 error;
-//! `intention check` 0 allowed, 1 denied, 2 error; `job plan` 0 no change, 1 change, 255 error). Commands are clients of the
-//! HTTP API and print through one [`output::Output`]. What the long-running roles do is not known here: [`Roles`] brings it.
+//! `intention check` 0 allowed, 1 denied, 2 error; `intention list` 2 for an empty list; `job plan` 0 no change, 1 change,
+//! 255 error). Commands are clients of the HTTP API and print through one [`output::Output`]. What the long-running roles do
+//! is not known here: [`Roles`] brings it.
 
 mod args;
 mod connect;
@@ -37,6 +38,8 @@ const OK: u8 = 0;
 const FAILED: u8 = 1;
 /// An error of `intention check`, whose 1 means denied.
 const CHECK_FAILED: u8 = 2;
+/// A flag that `intention match` does not know.
+const MATCH_MISUSED: u8 = 2;
 /// An error of `job plan`, whose 1 means that something would change.
 const PLAN_FAILED: u8 = 255;
 
@@ -98,19 +101,20 @@ pub fn main(roles: &Roles) -> ExitCode {
 fn run(args: impl IntoIterator<Item = OsString>, session: &mut Session<'_>, roles: &Roles) -> u8 {
     let mut tree = Cli::command();
     tree.build();
+    let args: Vec<OsString> = args.into_iter().collect();
+    let (failed, misused) = error_codes(&args);
     let args = match rewrite::rewrite(&tree, args) {
         Ok(args) => args,
         Err(error) => {
             session.output.error(error);
-            return FAILED;
+            return misused;
         }
     };
-    let failed = error_code(&args);
     let program = std::iter::once(OsString::from("culvert"));
     let parsed = tree.try_get_matches_from(program.chain(args)).and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
         Ok(cli) => cli,
-        Err(error) => return usage(&error, session, failed),
+        Err(error) => return usage(&error, session, misused),
     };
     match execute(cli.command, session, roles).and_then(|code| Ok(session.output.flush().map(|()| code)?)) {
         Ok(code) => code,
@@ -122,12 +126,14 @@ fn run(args: impl IntoIterator<Item = OsString>, session: &mut Session<'_>, role
     }
 }
 
-fn error_code(args: &[OsString]) -> u8 {
+/// Exit codes of a command for an error, and for flags that cannot be read.
+fn error_codes(args: &[OsString]) -> (u8, u8) {
     let word = |index: usize| args.get(index).and_then(|arg| arg.to_str());
     match (word(0), word(1)) {
-        (Some("intention"), Some("check")) => CHECK_FAILED,
-        (Some("job"), Some("plan")) => PLAN_FAILED,
-        _ => FAILED,
+        (Some("intention"), Some("check")) => (CHECK_FAILED, CHECK_FAILED),
+        (Some("intention"), Some("match")) => (FAILED, MATCH_MISUSED),
+        (Some("job"), Some("plan")) => (PLAN_FAILED, PLAN_FAILED),
+        _ => (FAILED, FAILED),
     }
 }
 

@@ -8,7 +8,7 @@ fn intentions_are_made_asked_listed_and_deleted_as_in_consul() {
     let plane = Plane::start();
     assert_eq!(
         plane.intention("list", &[]),
-        Ran { code: 0, out: String::new(), err: "There are no intentions.\n".into() }
+        Ran { code: 2, out: String::new(), err: "There are no intentions.\n".into() }
     );
     assert_eq!(plane.intention("check", &["web", "api"]), said("Allowed\n"));
     assert_eq!(plane.intention("create", &["-deny", "*", "api"]), said("Created: * => api (deny)\n"));
@@ -16,7 +16,10 @@ fn intentions_are_made_asked_listed_and_deleted_as_in_consul() {
     assert_eq!(plane.intention("create", &["web", "api"]), said("Created: web => api (allow)\n"));
     assert_eq!(plane.intention("check", &["web", "api"]), said("Allowed\n"));
     assert_eq!(plane.intention("match", &["api"]), said("web => api (allow)\n* => api (deny)\n"));
-    assert_eq!(plane.intention("match", &["-source", "web"]).code, 0);
+    assert_eq!(plane.intention("create", &["web", "*"]), said("Created: web => * (allow)\n"));
+    assert_eq!(plane.intention("match", &["-source", "web"]), said("web => api (allow)\n* => api (deny)\nweb => * (allow)\n"));
+    assert_eq!(plane.intention("match", &["-source", "db"]), said("* => api (deny)\n"));
+    assert_eq!(plane.intention("delete", &["web", "*"]), said("Intention deleted.\n"));
     let list = plane.intention("list", &[]);
     let lines: Vec<Vec<&str>> = list.out.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(lines[0], ["ID", "Source", "Action", "Destination", "Precedence"]);
@@ -24,9 +27,33 @@ fn intentions_are_made_asked_listed_and_deleted_as_in_consul() {
     assert_eq!(lines[2][1..], ["*", "deny", "api", "8"]);
     assert_eq!(plane.intention("delete", &["web", "api"]), said("Intention deleted.\n"));
     assert_eq!(plane.intention("delete", &[lines[2][0]]), said("Intention deleted.\n"));
-    let gone = plane.intention("delete", &["web", "api"]);
+    assert_eq!(plane.intention("delete", &["web", "api"]), said("Intention deleted.\n"), "as in Consul");
+    let gone = plane.intention("delete", &[lines[2][0]]);
     assert_eq!((gone.code, gone.out.as_str()), (1, ""));
-    assert!(gone.err.contains("Intention with source \"web\" and destination \"api\" not found."), "{}", gone.err);
+    assert!(gone.err.contains("Intention not found"), "{}", gone.err);
+}
+
+#[test]
+fn the_namespace_default_may_be_written_and_is_not_printed() {
+    let plane = Plane::start();
+    assert_eq!(
+        plane.intention("create", &["default/web", "default/default/api"]),
+        said("Created: web => api (allow)\n")
+    );
+    for name in ["api", "default/api", "default/default/api"] {
+        assert_eq!(plane.intention("match", &[name]), said("web => api (allow)\n"), "{name}");
+    }
+    assert_eq!(plane.intention("create", &["-replace", "-deny", "default/web", "api"]), said(""));
+    assert_eq!(plane.intention("check", &["default/web", "default/api"]).out, "Denied\n");
+    let other = plane.intention("create", &["team/web", "api"]);
+    assert_eq!(other.code, 1);
+    assert!(
+        other.err.starts_with("Error creating intention \"team/web => api (allow)\"")
+            && other.err.contains("Namespaces")
+    );
+    assert!(plane.intention("create", &["a/b/c/d", "api"]).err.contains("more than three parts"));
+    assert_eq!(plane.intention("delete", &["default/web", "api"]), said("Intention deleted.\n"));
+    assert_eq!(plane.intention("list", &[]).code, 2);
 }
 
 #[test]
@@ -87,6 +114,8 @@ fn wrong_use_of_intention_commands_is_refused_in_consuls_words() {
         (&["intention", "create", "a"], 1, "Must specify two arguments: source and destination"),
         (&["intention", "check", "a"], 2, "command requires exactly two arguments: src and dst"),
         (&["intention", "check", "-no-such-flag", "a", "b"], 2, "'-no-such-flag'"),
+        (&["intention", "match", "-no-such-flag", "a"], 2, "'-no-such-flag'"),
+        (&["intention", "match", "-source=perhaps", "a"], 2, "invalid boolean value"),
         (&["intention", "match"], 1, "command requires exactly one argument"),
         (&["intention", "match", "-source", "-destination", "a"], 1, "only one of -source or -destination"),
         (&["intention", "get"], 1, "1 or 2 args"),
