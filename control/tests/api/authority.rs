@@ -1,5 +1,6 @@
 //! The certificate authority from outside: its settings, the rotation of its root, and readers that wait for both.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use culvert_control::ControlConfig;
@@ -9,7 +10,8 @@ use rustls_pki_types::{CertificateDer, UnixTime};
 use serde_json::{Value, json};
 use webpki::{ALL_VERIFICATION_ALGS, EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
-use crate::client::{Answer, Server, config};
+use crate::blocking::blocked;
+use crate::client::{Answer, PATIENCE, Server, config};
 
 const CONFIGURATION: &str = "/v1/connect/ca/configuration";
 const ROTATE: &str = "/v1/culvert/ca/rotate";
@@ -143,4 +145,44 @@ async fn settings_that_a_restart_brings_along_hold_and_the_others_stay() {
     let server = server.restart(&given(Some(24 * HOUR))).await;
     let shown = settings(&server).await;
     assert_eq!((&shown["LeafCertTTL"], &shown["RootCertTTL"]), (&json!("24h0m0s"), &json!("9000h0m0s")));
+}
+
+#[tokio::test]
+async fn who_waits_for_a_leaf_wakes_at_its_renewal_and_who_waits_for_the_roots_at_their_rotation() {
+    let ttl = Duration::from_secs(4);
+    let server = with(CaSettings { leaf_ttl: ttl, allow_short_ttls_for_tests: true, ..settings() }).await;
+    let server = Arc::new(server);
+    let first = server.get(LEAF).await;
+    let renewed = blocked(&server, format!("{LEAF}?index={}&wait=10m", first.index())).await;
+    let renewed = tokio::time::timeout(PATIENCE, renewed).await.expect("woken").expect("no panic");
+    assert!(renewed.index() > first.index());
+    assert_ne!(renewed.ok()["CertPEM"], first.ok()["CertPEM"]);
+    assert_ne!(renewed.ok()["PrivateKeyPEM"], first.ok()["PrivateKeyPEM"], "a new key each time");
+
+    let mut readers = Vec::new();
+    for path in ["/v1/agent/connect/ca/roots", "/v1/connect/ca/roots"] {
+        let index = server.get(path).await.index();
+        readers.push(blocked(&server, format!("{path}?index={index}&wait=10m")).await);
+    }
+    let rotated = server.put(ROTATE, Value::Null).await.ok();
+    for reader in readers {
+        let answer = tokio::time::timeout(PATIENCE, reader).await.expect("woken").expect("no panic");
+        assert_eq!(answer.ok(), rotated);
+    }
+}
+
+#[tokio::test]
+async fn more_leaves_than_are_signed_in_a_second_are_told_to_come_later() {
+    let server = with(CaSettings { csr_max_per_second: 1, ..settings() }).await;
+    let names: Vec<String> = (0..8).map(|n| format!("s{n}")).collect();
+    for name in &names {
+        server.put("/v1/agent/service/register", json!({"Name": name, "Port": 80})).await.ok();
+    }
+    let paths: Vec<String> = names.iter().map(|name| format!("/v1/agent/connect/ca/leaf/{name}")).collect();
+    let answers = futures::future::join_all(paths.iter().map(|path| server.get(path))).await;
+    let refused: Vec<&Answer> = answers.iter().filter(|answer| answer.status != 200).collect();
+    assert!(!refused.is_empty(), "eight in far less than eight seconds");
+    for answer in refused {
+        assert_eq!((answer.status, answer.body.as_str()), (429, "Rate limit reached, try again later"));
+    }
 }

@@ -10,7 +10,7 @@ use crate::client::{Answer, PATIENCE, Server};
 /// Blocked readers in the large test.
 const READERS: usize = 300;
 
-async fn blocked(server: &Arc<Server>, path: String) -> tokio::task::JoinHandle<Answer> {
+pub(crate) async fn blocked(server: &Arc<Server>, path: String) -> tokio::task::JoinHandle<Answer> {
     let server = Arc::clone(server);
     tokio::spawn(async move { server.get(&path).await })
 }
