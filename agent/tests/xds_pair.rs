@@ -1,22 +1,34 @@
 //! The pair {culvert worker, culvert control plane}: all that the one sends is understood by the other, and the RBAC that is
-//! sent decides as [`culvert_types::decide`] does, for every table of intentions over a pair of services.
+//! sent decides as [`culvert_types::decide`] does, for every table of intentions over a pair of services. Certificates that the
+//! one renews and rotates are used by the other without a lost byte.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use culvert_api::client::Client;
+use culvert_control::ca::{CaSettings, Leaf};
 use culvert_control::{Control, ControlConfig, NodeDialer, Reloadable, XdsPeer};
 use culvert_proxy::config::{Listener, ProxyConfig};
+use culvert_proxy::events::{EventReader, Events};
+use culvert_proxy::handoff::ProxyStatus;
+use culvert_proxy::metrics::Metrics;
+use culvert_proxy::proxy::{Feed, Proxy};
 use culvert_proxy::rbac::{Connection, evaluate};
+use culvert_proxy::sockets::OwnSockets;
+use culvert_proxy::threads::DataThreads;
 use culvert_proxy::xds::{Dial, Node, Transport, XdsChannel, XdsClient};
 use culvert_types::{Action, Datacenter, Encryption, Intention, ServiceName, TrustDomain, decide};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use hyper::Method;
 use serde_json::{Value, json};
-use tokio::net::UnixStream;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::{oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 /// Longest wait for anything that must happen. Generous: machines are slow.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -47,18 +59,32 @@ struct World {
 impl World {
     /// `web` calls `api`; both have sidecars.
     async fn start(default_policy: Action) -> Self {
+        Self::with(default_policy, CaSettings::default(), Ipv4Addr::LOCALHOST, 9001).await
+    }
+
+    /// Everything is at `here`; the application of `api` at `port`.
+    async fn with(default_policy: Action, ca: CaSettings, here: Ipv4Addr, port: u16) -> Self {
         let id = "d5c8c2f4-0000-4000-8000-000000000001";
         let config = ControlConfig {
             settings: Reloadable { default_policy, encryption: Encryption::Always },
+            ca,
             ..ControlConfig::dev("n1", id, Datacenter::new("dc1").expect("name"))
         };
         let control = Arc::new(Control::start(config, Arc::new(NodeDialer)).await.expect("started"));
         let api = Client::new(&control.http_addrs()[0].to_string(), None).expect("address");
-        let upstreams = json!([{"DestinationName": "api", "LocalBindPort": 8080}]);
-        for (name, port, proxy) in [("api", 9001, json!({})), ("web", 9002, json!({"Upstreams": upstreams}))] {
+        let mut upstream = json!({"DestinationName": "api", "LocalBindPort": 8080});
+        let mut at = json!({});
+        if here != Ipv4Addr::LOCALHOST {
+            at = json!({"Address": here});
+            upstream["LocalBindAddress"] = json!(here);
+        }
+        for (name, port, upstreams) in [("api", port, json!([])), ("web", 9002, json!([upstream]))] {
             // Nobody listens here: the sidecar is as healthy as its service, which has no checks.
-            let sidecar = json!({"Proxy": proxy, "Check": {"AliasService": name}});
-            let body = json!({"Name": name, "Port": port, "Connect": {"SidecarService": sidecar}});
+            let proxy = json!({"Upstreams": upstreams, "LocalServiceAddress": here});
+            let mut body = at.clone();
+            body["Name"] = json!(name);
+            body["Port"] = json!(port);
+            body["Connect"] = json!({"SidecarService": {"Proxy": proxy, "Check": {"AliasService": name}}});
             control.register_service(serde_json::from_value(body).expect("body")).await.expect("registered");
         }
         let channel = XdsChannel::over(HandOver(Arc::clone(&control)));
@@ -212,5 +238,168 @@ fn tables_are_all_there_and_one_change_apart() {
         if let Some(before) = index.checked_sub(1).map(|before| &tables[before]) {
             assert_eq!(before.iter().zip(table).filter(|(old, new)| old != new).count(), 1);
         }
+    }
+}
+
+/// A loopback address of this process's own: no port on it is taken, whatever else runs on the machine.
+fn own_address() -> Ipv4Addr {
+    let [_, _, high, low] = std::process::id().to_be_bytes();
+    Ipv4Addr::new(127, 32, high, low.clamp(1, 254))
+}
+
+async fn echo_server(here: Ipv4Addr) -> u16 {
+    let listener = TcpListener::bind((here, 0)).await.expect("loopback");
+    let port = listener.local_addr().expect("bound").port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let (mut read, mut write) = stream.split();
+                // The peer decides how it ends.
+                drop(tokio::io::copy(&mut read, &mut write).await);
+            });
+        }
+    });
+    port
+}
+
+/// A worker's proxy with sockets of its own, until it is dropped.
+struct Running {
+    _client: XdsClient,
+    _threads: DataThreads,
+    _events: EventReader,
+    _stop: oneshot::Sender<Duration>,
+}
+
+impl Running {
+    async fn start(world: &World, service: &str) -> Self {
+        let client = world.proxy(service);
+        let threads = DataThreads::new(1).expect("a thread");
+        let (events, reader) = Events::new(Arc::new(Metrics::default()));
+        let id = format!("{service}-sidecar-proxy");
+        let proxy = Proxy::new(&id, "n1", Arc::new(OwnSockets), threads.placement(), events);
+        let feed = Feed { config: client.config(), status: client.status() };
+        let (publish, mut status) = watch::channel(ProxyStatus::default());
+        let (stop, stopped) = oneshot::channel();
+        tokio::spawn(proxy.run(feed, publish, stopped));
+        let ready = tokio::time::timeout(PATIENCE, status.wait_for(|status| status.ready)).await;
+        ready.expect("in time").expect("it runs");
+        Self { _client: client, _threads: threads, _events: reader, _stop: stop }
+    }
+}
+
+/// Sends numbered bytes, and takes exactly them back.
+async fn ping(stream: &mut TcpStream, round: u64, length: usize) {
+    let sent: Vec<u8> = round.to_be_bytes().into_iter().cycle().take(length).collect();
+    let mut back = vec![0; length];
+    stream.write_all(&sent).await.expect("no connection is lost");
+    let read = tokio::time::timeout(PATIENCE, stream.read_exact(&mut back)).await;
+    read.expect("in time").expect("no byte is lost");
+    assert!(back == sent, "round {round}: other bytes came back");
+}
+
+/// One connection that lasts beside one after another, until `end`. Each round is counted.
+async fn traffic(upstream: SocketAddr, rounds: Arc<AtomicU64>, end: CancellationToken) {
+    let call = async || TcpStream::connect(upstream).await.expect("the upstream listens");
+    let mut lasting = call().await;
+    for round in 0.. {
+        if end.is_cancelled() {
+            break;
+        }
+        ping(&mut lasting, round, 3000).await;
+        let mut short = call().await;
+        ping(&mut short, round, 100).await;
+        end_well(short).await;
+        rounds.fetch_add(1, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    end_well(lasting).await;
+}
+
+async fn end_well(mut stream: TcpStream) {
+    stream.shutdown().await.expect("half-closed");
+    let mut rest = Vec::new();
+    let read = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut rest)).await;
+    read.expect("in time").expect("a clean end");
+    assert!(rest.is_empty(), "{} bytes that nobody sent", rest.len());
+}
+
+/// Waits for `what`, then for more rounds of traffic in that state.
+async fn under_traffic(rounds: &AtomicU64, what: &str, mut is: impl AsyncFnMut() -> bool) {
+    let start = Instant::now();
+    while !is().await {
+        assert!(start.elapsed() < 2 * PATIENCE, "not in time: {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let seen = rounds.load(Ordering::Relaxed);
+    while rounds.load(Ordering::Relaxed) < seen + 40 {
+        assert!(start.elapsed() < 2 * PATIENCE, "the traffic stands still: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leaves_and_roots_rotate_under_traffic_without_a_lost_byte() {
+    let here = own_address();
+    let ca = CaSettings {
+        leaf_ttl: Duration::from_secs(12),
+        allow_short_ttls_for_tests: true,
+        root_change_smear: Duration::from_millis(200),
+        ..CaSettings::default()
+    };
+    let world = World::with(Action::Allow, ca, here, echo_server(here).await).await;
+    let _running = (Running::start(&world, "api").await, Running::start(&world, "web").await);
+    let upstream = SocketAddr::from((here, 8080));
+    eventually(async || {
+        let mut stream = TcpStream::connect(upstream).await.ok()?;
+        stream.write_all(b"?").await.ok()?;
+        stream.read_u8().await.ok()
+    })
+    .await;
+
+    let (rounds, end) = (Arc::new(AtomicU64::new(0)), CancellationToken::new());
+    let callers: Vec<_> = (0..3).map(|_| tokio::spawn(traffic(upstream, Arc::clone(&rounds), end.clone()))).collect();
+    let leaves = async || -> [Arc<Leaf>; 2] {
+        let leaf = async |name: &str| {
+            let name = ServiceName::new(name).expect("name");
+            world.control.leaves().get(&name).await.expect("a leaf")
+        };
+        [leaf("web").await, leaf("api").await]
+    };
+    let first = leaves().await;
+    under_traffic(&rounds, "both leaves are renewed", async || {
+        let now = leaves().await;
+        first.iter().zip(now).all(|(old, new)| old.certificate.serial != new.certificate.serial)
+    })
+    .await;
+    let authority = world.control.authority();
+    let old = authority.roots().expect("rows").active_id.clone();
+    authority.rotate().await.expect("rotated");
+    assert_eq!(authority.roots().expect("rows").roots.len(), 2);
+    under_traffic(&rounds, "both leaves are from the new root", async || {
+        leaves().await.iter().all(|leaf| leaf.certificate.root_id != old)
+    })
+    .await;
+    under_traffic(&rounds, "the old root is gone", async || {
+        authority.drop_old_roots().await.expect("stored");
+        authority.roots().expect("rows").roots.len() == 1
+    })
+    .await;
+    assert!(callers.iter().all(|caller| !caller.is_finished()), "one has lost something");
+    end.cancel();
+    for caller in callers {
+        caller.await.expect("no byte was lost");
+    }
+    world.control.shutdown().await;
+}
+
+/// Asks until there is an answer.
+async fn eventually<T>(mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(start.elapsed() < PATIENCE, "nothing was carried in {PATIENCE:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
