@@ -9,6 +9,7 @@ mod agent_check;
 mod agent_connect;
 mod body;
 mod catalog;
+mod config;
 mod connect;
 mod filter;
 mod health;
@@ -82,6 +83,7 @@ pub(crate) fn router(api: Arc<Api>, routes: Router) -> Router {
         .merge(agent_check::routes())
         .merge(agent_connect::routes())
         .merge(catalog::routes())
+        .merge(config::routes())
         .merge(connect::routes())
         .merge(health::routes())
         .merge(intentions::routes())

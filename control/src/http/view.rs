@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use culvert_api as api;
 use culvert_types::format_go_duration;
@@ -244,6 +245,35 @@ pub(super) fn intention(entry: &Stored<IntentionEntry>) -> api::Intention {
     let hash = Sha256::digest(serde_json::to_vec(&body).unwrap_or_default());
     let hash = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, hash);
     api::Intention { hash, create_index: entry.created.0, modify_index: entry.modified.0, ..body }
+}
+
+/// The intentions towards one destination, at least one, in the order in which they are tried.
+pub(super) fn service_intentions(
+    kind: &str,
+    destination: &str,
+    entries: &[&Arc<Stored<IntentionEntry>>],
+) -> api::ServiceIntentions {
+    let source = |entry: &&Arc<Stored<IntentionEntry>>| {
+        let legacy = entry.id.is_some();
+        api::SourceIntention {
+            name: entry.rule.source.to_string(),
+            action: entry.rule.action.to_string(),
+            precedence: entry.rule.precedence().0,
+            r#type: "consul".to_owned(),
+            description: entry.description.clone(),
+            legacy_id: entry.id.clone().unwrap_or_default(),
+            legacy_meta: entry.meta.clone(),
+            legacy_create_time: legacy.then(|| entry.created_at.into()),
+            legacy_update_time: legacy.then(|| entry.updated_at.into()),
+        }
+    };
+    api::ServiceIntentions {
+        kind: kind.to_owned(),
+        name: destination.to_owned(),
+        sources: entries.iter().map(source).collect(),
+        create_index: entries.iter().map(|entry| entry.created.0).min().unwrap_or_default(),
+        modify_index: entries.iter().map(|entry| entry.modified.0).max().unwrap_or_default(),
+    }
 }
 
 /// All trusted roots.

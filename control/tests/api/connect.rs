@@ -169,3 +169,43 @@ async fn intentions_that_cannot_be_kept_are_refused() {
         assert_eq!((answer.status, answer.body.as_str()), (400, text));
     }
 }
+
+#[tokio::test]
+async fn intentions_are_shown_as_config_entries_by_destination() {
+    let server = Server::start().await;
+    assert_eq!(server.get("/v1/config/service-intentions").await.ok(), json!([]));
+    let missing = server.get("/v1/config/service-intentions/api").await;
+    let text = "Config entry not found for \"service-intentions\" / \"api\"";
+    assert_eq!((missing.status, missing.body.as_str()), (404, text));
+    let web = json!({"SourceName": "web", "DestinationName": "api", "Action": "allow", "Meta": {"team": "core"}});
+    let id = server.send("POST", "/v1/connect/intentions", web.to_string()).await.ok()["ID"].clone();
+    for (pair, body) in [
+        ("source=*&destination=api", json!({"Action": "deny", "Description": "closed"})),
+        ("source=web&destination=*", json!({"Action": "deny"})),
+    ] {
+        server.put(&format!("/v1/connect/intentions/exact?{pair}"), body).await.ok();
+    }
+    let answer = server.get("/v1/config/service-intentions/api").await;
+    let api = answer.ok();
+    assert_eq!((&api["Kind"], &api["Name"]), (&json!("service-intentions"), &json!("api")));
+    let (first, second) = (&api["Sources"][0], &api["Sources"][1]);
+    for (field, value) in
+        [("Name", json!("web")), ("Action", json!("allow")), ("Precedence", json!(9)), ("LegacyID", id)]
+    {
+        assert_eq!(first[field], value, "{field}");
+    }
+    assert_eq!((&first["Type"], &first["LegacyMeta"]), (&json!("consul"), &json!({"team": "core"})));
+    let open = json!({"Name": "*", "Action": "deny", "Precedence": 8, "Type": "consul", "Description": "closed"});
+    assert_eq!(second, &open);
+    assert_eq!(api["Sources"].as_array().expect("an array").len(), 2);
+    assert!(api["CreateIndex"].as_u64() < api["ModifyIndex"].as_u64() && api["ModifyIndex"].as_u64() > Some(0));
+    let all = server.get("/v1/config/service-intentions").await.ok();
+    let names: Vec<&Value> = all.as_array().expect("an array").iter().map(|entry| &entry["Name"]).collect();
+    assert_eq!((names, &all[1]), (vec![&json!("*"), &json!("api")], &api));
+    assert_eq!(answer.index(), server.get("/v1/connect/intentions").await.index());
+    for kind in ["jwt-provider", "http-route", "mesh"] {
+        assert_eq!(server.get(&format!("/v1/config/{kind}")).await.ok(), json!([]), "{kind}");
+    }
+    let unknown = server.get("/v1/config/colours").await;
+    assert_eq!((unknown.status, unknown.body.as_str()), (400, "invalid config entry kind: colours"));
+}
