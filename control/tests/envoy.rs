@@ -13,7 +13,9 @@ use support::envoy::Envoy;
 use support::{Control, PATIENCE, eventually, service, sidecar, upstream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 /// Longest time for one echo; a connection that does not answer counts as refused after it.
 const ECHO: Duration = Duration::from_secs(5);
@@ -24,6 +26,8 @@ struct Pair {
     web: Envoy,
     api: Envoy,
     upstream: SocketAddr,
+    /// Where the sidecar of `api` listens for the mesh.
+    inbound: SocketAddr,
 }
 
 impl Pair {
@@ -47,6 +51,7 @@ impl Pair {
             web: Envoy::start("web-sidecar-proxy", "web", address),
             api: Envoy::start("api-sidecar-proxy", "api", address),
             upstream: SocketAddr::new(here.into(), 8080),
+            inbound: SocketAddr::new(here.into(), 21000),
             control,
         }
     }
@@ -93,6 +98,43 @@ impl Pair {
     }
 }
 
+/// One connection that carries numbered bytes back and forth until it is told to end.
+struct Lasting {
+    end: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Lasting {
+    fn start(mut stream: TcpStream) -> Self {
+        let end = CancellationToken::new();
+        let ended = end.clone();
+        let task = tokio::spawn(async move {
+            let mut sent = 0_u64;
+            while !ended.is_cancelled() {
+                let mut answer = [0; 8];
+                stream.write_all(&sent.to_be_bytes()).await.expect("the connection lasts");
+                timeout(PATIENCE, stream.read_exact(&mut answer))
+                    .await
+                    .expect("in time")
+                    .expect("the connection lasts");
+                assert_eq!(u64::from_be_bytes(answer), sent, "every byte, in order");
+                sent += 1;
+            }
+            stream.shutdown().await.expect("half-closed");
+            let mut rest = Vec::new();
+            timeout(PATIENCE, stream.read_to_end(&mut rest)).await.expect("in time").expect("a clean end");
+            assert!(rest.is_empty() && sent > 0, "{} bytes nobody sent", rest.len());
+        });
+        Self { end, task }
+    }
+
+    async fn finish(self) {
+        assert!(!self.task.is_finished(), "it ended by itself");
+        self.end.cancel();
+        self.task.await.expect("no panic");
+    }
+}
+
 /// A loopback address of this test's own: no port on it is taken, whatever else runs on the machine.
 fn own_address() -> Ipv4Addr {
     static TESTS: AtomicU8 = AtomicU8::new(64);
@@ -125,6 +167,10 @@ async fn intentions_switch_traffic_between_two_envoys_live() {
         proxies.len() == 2 && proxies.values().all(|status| !status.version.is_empty())
     })
     .await;
+    // What a proxy runs is known before it listens; without a listener nothing is carried whatever the policy says.
+    for (address, whose) in [(pair.upstream, "web's upstream"), (pair.inbound, "api's inbound")] {
+        eventually(whose, async || TcpStream::connect(address).await.is_ok()).await;
+    }
     assert!(!pair.carries().await, "denied by default");
     control.intend("web", "api", Action::Allow).await;
     pair.comes_to(true, "an exact intention allows").await;
@@ -158,21 +204,25 @@ async fn intentions_switch_traffic_between_two_envoys_live() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rotation_of_the_root_loses_no_new_connection() {
+async fn rotation_of_the_root_loses_no_new_connection_and_no_byte_of_an_old_one() {
     let pair = Pair::start(Action::Allow).await;
     pair.comes_to(true, "allowed by default").await;
+    let lasting = Lasting::start(TcpStream::connect(pair.upstream).await.expect("allowed"));
     let old = pair.control.authority.roots().expect("rows").active_id.clone();
     pair.control.authority.rotate().await.expect("rotation");
     let start = tokio::time::Instant::now();
-    let mut renewed = false;
-    while !renewed || start.elapsed() < Duration::from_secs(5) {
+    let mut after = 0;
+    // Some more once both leaves are new: they reach the two Envoys at different moments.
+    while after < 50 || start.elapsed() < Duration::from_secs(2) {
         assert!(pair.carries().await, "a connection was lost {:?} after the rotation", start.elapsed());
         let leaf = |service| pair.control.leaves.get(service);
         let (web, api) = (support::name("web"), support::name("api"));
-        renewed = leaf(&web).await.expect("leaf").certificate.root_id != old
+        let renewed = leaf(&web).await.expect("leaf").certificate.root_id != old
             && leaf(&api).await.expect("leaf").certificate.root_id != old;
-        assert!(start.elapsed() < PATIENCE, "leaves were not renewed");
+        after += usize::from(renewed);
+        assert!(renewed || start.elapsed() < PATIENCE, "leaves were not renewed");
     }
+    lasting.finish().await;
     pair.accepted();
     pair.control.stop.cancel();
 }

@@ -19,6 +19,7 @@ async fn a_leaf_is_renewed_between_60_and_90_percent_of_its_life_without_a_gap()
     world.register("web").await;
     let mut watch = world.leaves.watch(&name("web")).expect("room");
     let mut previous = watch.ready().await.expect("leaf");
+    let mut waits = Vec::new();
     for _ in 0..5 {
         let start = hours(&world);
         watch.take_latest();
@@ -33,7 +34,40 @@ async fn a_leaf_is_renewed_between_60_and_90_percent_of_its_life_without_a_gap()
         verify(&previous.certificate.chain, &world.bundle(), now).expect("the old one is still valid");
         verify(&next.certificate.chain, &world.bundle(), now).expect("and the new one already");
         previous = next;
+        waits.push(waited);
     }
+    // The odds against five moments within a hundredth of the range are 20 million to one.
+    assert!(spread(&waits) > 0.3 * 72.0 / 100.0, "at random moments: {waits:?}");
+    world.stop.cancel();
+}
+
+/// Greatest minus least.
+fn spread(values: &[f64]) -> f64 {
+    values.iter().copied().fold(f64::MIN, f64::max) - values.iter().copied().fold(f64::MAX, f64::min)
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_rotation_leaves_are_renewed_one_by_one_within_half_a_minute() {
+    let world = World::new(CaSettings::default()).await;
+    let mut watches = Vec::new();
+    for index in 0..8 {
+        let service = format!("web{index}");
+        world.register(&service).await;
+        let mut watch = world.leaves.watch(&name(&service)).expect("room");
+        watch.ready().await.expect("leaf");
+        watch.take_latest();
+        watches.push(watch);
+    }
+    let active = world.authority.rotate().await.expect("rotation").active_id.clone();
+    let start = hours(&world);
+    let renewals = watches.iter_mut().map(|watch| async {
+        watch.changed().await.expect("renewal");
+        assert_eq!(watch.take_latest().expect("leaf").certificate.root_id, active);
+        (hours(&world) - start) * 3600.0
+    });
+    let waits = futures::future::join_all(renewals).await;
+    assert!(waits.iter().all(|seconds| *seconds < 31.0), "{waits:?}");
+    assert!(spread(&waits) > 1.0, "not all at once: {waits:?}");
     world.stop.cancel();
 }
 
