@@ -183,18 +183,22 @@ async fn check(State(api): Shared, query: Query) -> Reply {
     .await
 }
 
-/// The deprecated way in, which `consul intention create` still takes. Its errors are 500, as Consul's.
+/// The deprecated way in, which `consul intention create` still takes. What is wrong with the body is 500 here, as Consul's.
 async fn create(State(api): Shared, query: Query, body: Bytes) -> Reply {
     check_scope(&query, &api)?;
-    let body: Wire = culvert_api::decode(&body)
-        .map_err(|err| ApiError::internal(format!("Failed to decode request body: {err}")))?;
+    let created = create_from(&api, &body).await;
+    json(&api, &query, &created.map_err(|Failure(err)| ApiError::internal(err.message))?)
+}
+
+async fn create_from(api: &Api, body: &[u8]) -> Result<IntentionCreated, Failure> {
+    let body: Wire =
+        culvert_api::decode(body).map_err(|err| ApiError::internal(format!("Failed to decode request body: {err}")))?;
     if !body.id.is_empty() {
         return Err(ApiError::internal("ID must be empty when creating a new intention").into());
     }
     let (source, destination) = (body.source_name.clone(), body.destination_name.clone());
     let (source, destination) = (local_name("SourceName", &source)?, local_name("DestinationName", &destination)?);
-    let id = api.intentions.create(&draft(body, source, destination)?).await?;
-    json(&api, &query, &IntentionCreated { id })
+    Ok(IntentionCreated { id: api.intentions.create(&draft(body, source, destination)?).await? })
 }
 
 async fn get_by_id(State(api): Shared, Path(id): Path<String>, query: Query) -> Reply {

@@ -50,8 +50,8 @@ pub enum IntentionError {
     #[error("Meta value for key {0:?} exceeds maximum length {MAX_META_VALUE}")]
     MetaValue(String),
     /// The pair has one already, and the old API only creates.
-    #[error("duplicate intention found: {}", pair(.0))]
-    Duplicate(Intention),
+    #[error("duplicate intention found: {0}")]
+    Duplicate(String),
     /// No intention has that ID, or the pair has none.
     #[error("Intention not found")]
     NotFound,
@@ -63,10 +63,13 @@ pub enum IntentionError {
     Update(#[from] UpdateError),
 }
 
-/// `default/web => default/api (ID: …)`, as Consul names a pair.
-#[must_use]
-pub fn pair(rule: &Intention) -> String {
-    format!("default/{} => default/{}", rule.source, rule.destination)
+/// `default/web => default/api (ID: …, Precedence: 9, Action: ALLOW)`, as Consul names an intention; without the ID if it
+/// has none.
+fn full_text(rule: &Intention, id: Option<&str>) -> String {
+    let id = id.map(|id| format!("ID: {id}, ")).unwrap_or_default();
+    let (source, destination, action) = (&rule.source, &rule.destination, rule.action.as_str().to_ascii_uppercase());
+    let precedence = rule.precedence().0;
+    format!("default/{source} => default/{destination} ({id}Precedence: {precedence}, Action: {action})")
 }
 
 /// Writes intentions. Cheap to clone.
@@ -108,7 +111,7 @@ impl Intentions {
         self.ledger
             .update(|state, plan| {
                 if let Some(existing) = find(state, &draft.rule) {
-                    return Err(IntentionError::Duplicate(existing.rule.clone()));
+                    return Err(IntentionError::Duplicate(full_text(&existing.rule, existing.id.as_deref())));
                 }
                 put(plan, draft, None, Some(id.clone()), now);
                 Ok(id.clone())
@@ -249,10 +252,8 @@ pub fn explain(state: &State, source: &ServiceName, destination: &ServiceName, d
     let reason = match by {
         DecidedBy::Default => "Default intention policy".to_owned(),
         DecidedBy::Intention(rule) => {
-            let id = find(state, rule).and_then(|entry| entry.id.as_ref());
-            let id = id.map(|id| format!("ID: {id}, ")).unwrap_or_default();
-            let verdict = rule.action.as_str().to_ascii_uppercase();
-            format!("Matched L4 intention: {} ({id}Precedence: {}, Action: {verdict})", pair(rule), rule.precedence().0)
+            let id = find(state, rule).and_then(|entry| entry.id.as_deref());
+            format!("Matched L4 intention: {}", full_text(rule, id))
         }
     };
     (action == Action::Allow, reason)

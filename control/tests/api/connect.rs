@@ -118,7 +118,26 @@ async fn the_old_intention_api_still_works() {
     let id = post(&body).await.ok()["ID"].as_str().expect("an ID").to_owned();
     let duplicate = post(&body).await;
     assert_eq!(duplicate.status, 500);
-    assert!(duplicate.body.starts_with("duplicate intention found: default/web => default/api"), "{duplicate:?}");
+    let text = format!("default/web => default/api (ID: {id}, Precedence: 9, Action: ALLOW)");
+    assert_eq!(duplicate.body, format!("duplicate intention found: {text}"));
+    server.put("/v1/connect/intentions/exact?source=db&destination=api", json!({"Action": "deny"})).await.ok();
+    let duplicate = post(&json!({"SourceName": "db", "DestinationName": "api", "Action": "allow"})).await;
+    let text = "duplicate intention found: default/db => default/api (Precedence: 9, Action: DENY)";
+    assert_eq!((duplicate.status, duplicate.body.as_str()), (500, text));
+    // What is wrong with an intention is 500 here as well.
+    let long = "x".repeat(600);
+    for (field, value, text) in [
+        ("Action", "maybe", "Action must be set to 'allow' or 'deny'"),
+        ("SourceName", "team/web", "there is no namespace but \"default\""),
+        ("DestinationName", "we*", "destination: name \"we*\""),
+        ("Description", long.as_str(), "Description exceeds maximum length 512"),
+    ] {
+        let mut wrong = json!({"SourceName": "new", "DestinationName": "api", "Action": "allow"});
+        wrong[field] = json!(value);
+        let answer = post(&wrong).await;
+        assert!(answer.status == 500 && answer.body.contains(text), "{field}: {answer:?}");
+    }
+    assert_eq!(server.send("POST", "/v1/connect/intentions?ns=team", body.to_string()).await.status, 400);
     let mut with_id = body.clone();
     with_id["ID"] = json!("x");
     assert_eq!(post(&with_id).await.body, "ID must be empty when creating a new intention");
