@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use culvert_api::ServiceRegistration;
 use parking_lot::Mutex;
@@ -92,6 +93,7 @@ pub struct Control {
     xds: XdsServer,
     http: Vec<SocketAddr>,
     settings: watch::Sender<Reloadable>,
+    policy_changes: Arc<AtomicU64>,
     mesh: watch::Receiver<Arc<MeshView>>,
     drain: CancellationToken,
     stop: CancellationToken,
@@ -151,8 +153,10 @@ impl Control {
         let (mesh, requested) = (publisher.subscribe(), publisher.requested());
         tasks.spawn(publisher.run(stop.clone()));
 
+        let policy_changes = Arc::new(AtomicU64::new(0));
         let api = Api {
             place,
+            policy_changes: Arc::clone(&policy_changes),
             node_id: config.node_id,
             version: config.version,
             limits: config.limits,
@@ -179,6 +183,7 @@ impl Control {
             xds,
             http,
             settings,
+            policy_changes,
             mesh,
             drain,
             stop,
@@ -255,6 +260,9 @@ impl Control {
     pub fn reload(&self, settings: Reloadable) {
         self.settings.send_if_modified(|current| {
             let changed = *current != settings;
+            if current.default_policy != settings.default_policy {
+                self.policy_changes.fetch_add(1, Ordering::Relaxed);
+            }
             *current = settings;
             changed
         });

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use axum::Router;
 use axum::body::Body;
@@ -13,12 +14,13 @@ use culvert_api::{ApiError, Intention as Wire, IntentionCheck, IntentionCreated}
 use culvert_types::{Action, Intention, IntentionSubject, ServiceName};
 
 use super::filter::INTENTION;
-use super::query::{Query, check_scope};
-use super::reply::{Failure, Reply, decode, filtered, json, read, store_failed};
+use super::query::{Query, ReadOptions, check_scope};
+use super::reply::{Failure, Reply, decode, filtered, indexed, json, read, store_failed};
 use super::{Api, Shared, view};
 use crate::intentions::{Draft, IntentionError, Side, by_id, explain, matching};
 use crate::state::State as MeshState;
-use crate::store::Table;
+use crate::state::blocking::jitter;
+use crate::store::{Revision, Table};
 
 /// Most names in one match.
 const MAX_MATCH_NAMES: usize = 64;
@@ -106,7 +108,7 @@ fn draft(body: Wire, source: &str, destination: &str) -> Result<Draft, Failure> 
     Ok(Draft { rule, description: body.description, meta: body.meta })
 }
 
-fn scope(state: &MeshState) -> crate::store::Revision {
+fn scope(state: &MeshState) -> Revision {
     state.index(Table::Intentions)
 }
 
@@ -175,12 +177,48 @@ async fn check(State(api): Shared, query: Query) -> Reply {
     if query.text("source-type").is_some_and(|kind| kind != "consul") {
         return Err(ApiError::bad_request("'source-type' parameter must be 'consul'").into());
     }
-    let default = api.default_policy();
-    read(&api, &query, scope, |state, _| {
-        let (allowed, _) = explain(state, &source, &destination, default);
-        Ok(IntentionCheck { allowed })
-    })
-    .await
+    let options = ReadOptions::parse(&query, &api)?;
+    let _blocked = (options.index > 0).then(|| api.metrics.blocked());
+    tokio::select! {
+        () = verdict_after(&api, options.index) => {}
+        // Time is up, or the agent is stopping: answer with what there is.
+        () = tokio::time::sleep(options.wait + jitter(options.wait / 16)) => {}
+        () = api.drain.cancelled() => {}
+    }
+    let (state, default, index) = verdict_inputs(&api);
+    let (allowed, _) = explain(&state, &source, &destination, default);
+    let mut response = json(&api, &query, &IntentionCheck { allowed })?;
+    indexed(response.headers_mut(), index, &options);
+    Ok(response)
+}
+
+/// Waits until a verdict may differ from that of `index`: another intention, or another default. Also for an index from the
+/// future, whose reader starts anew.
+async fn verdict_after(api: &Api, index: u64) {
+    let (mut state, mut settings) = (api.ledger.watch(), api.settings.clone());
+    while index > 0 && verdict_inputs(api).2.0 == index {
+        // Ends with the agent, and then the drain answers.
+        let alive = tokio::select! {
+            changed = state.changed() => changed.is_ok(),
+            changed = settings.changed() => changed.is_ok(),
+        };
+        if !alive {
+            return;
+        }
+    }
+}
+
+/// What a verdict depends on, and its index. The default is no row of the state: its changes are counted on top of the
+/// revision, so that the index grows with either.
+fn verdict_inputs(api: &Api) -> (Arc<MeshState>, Action, Revision) {
+    let (default, changes) = {
+        let settings = api.settings.borrow();
+        (settings.default_policy, api.policy_changes.load(Ordering::Relaxed))
+    };
+    let state = api.ledger.state();
+    // Never 0, or the first change would go from what is sent for 0 to 1.
+    let index = Revision(scope(&state).0.max(1) + changes);
+    (state, default, index)
 }
 
 /// The deprecated way in, which `consul intention create` still takes. What is wrong with the body is 500 here, as Consul's.

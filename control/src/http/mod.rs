@@ -22,6 +22,7 @@ mod status;
 mod view;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use axum::Router;
 use axum::body::Body;
@@ -55,6 +56,8 @@ pub(crate) struct Api {
     pub(crate) grpc_port: Option<u16>,
     pub(crate) ledger: Ledger,
     pub(crate) settings: watch::Receiver<Reloadable>,
+    /// How often the default policy changed in this run; written while `settings` is.
+    pub(crate) policy_changes: Arc<AtomicU64>,
     pub(crate) catalog: Catalog,
     pub(crate) checks: Checks,
     pub(crate) intentions: Intentions,

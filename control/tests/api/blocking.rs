@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use culvert_control::Reloadable;
+use culvert_types::{Action, Encryption};
 use serde_json::{Value, json};
 
 use crate::client::{Answer, PATIENCE, Server};
@@ -122,4 +124,31 @@ async fn intentions_wake_their_readers_and_nobody_elses() {
     assert_eq!(woken.ok().as_array().expect("an array").len(), 1);
     assert!(!health.is_finished());
     health.abort();
+}
+
+#[tokio::test]
+async fn who_waits_for_a_verdict_wakes_for_intentions_and_for_another_default() {
+    let server = Arc::new(Server::start().await);
+    let path = "/v1/connect/intentions/check?source=web&destination=api";
+    let first = server.get(path).await;
+    assert_eq!(first.ok()["Allowed"], true);
+    let same = server.get(&format!("{path}&index={}&wait=100ms", first.index())).await;
+    assert_eq!((same.index(), same.ok()), (first.index(), first.ok()));
+
+    let next = |before: &Answer| blocked(&server, format!("{path}&index={}&wait=10m", before.index()));
+    let waiting = next(&first).await;
+    let settings = |default_policy| Reloadable { default_policy, encryption: Encryption::Always };
+    server.control.reload(settings(Action::Deny));
+    let denied = tokio::time::timeout(PATIENCE, waiting).await.expect("woken").expect("no panic");
+    assert!(denied.ok()["Allowed"] == false && denied.index() > first.index(), "{denied:?}");
+
+    let waiting = next(&denied).await;
+    let rule = json!({"Action": "allow"});
+    server.put("/v1/connect/intentions/exact?source=web&destination=api", rule).await.ok();
+    let allowed = tokio::time::timeout(PATIENCE, waiting).await.expect("woken").expect("no panic");
+    assert!(allowed.ok()["Allowed"] == true && allowed.index() > denied.index(), "{allowed:?}");
+    // A change between two reads is not missed, and an index of an earlier run is answered at once.
+    server.control.reload(settings(Action::Allow));
+    assert!(server.get(&format!("{path}&index={}&wait=10m", allowed.index())).await.index() > allowed.index());
+    assert!(server.get(&format!("{path}&index=1000000&wait=10m")).await.index() < 1_000_000);
 }
