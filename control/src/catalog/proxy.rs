@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 use super::Place;
 use super::error::RegisterError;
 use crate::state::rows::{Proxy, ProxySettings, Upstream};
+use crate::xds::listen_addresses;
 
 /// Most upstreams of one proxy.
 pub const MAX_UPSTREAMS: usize = 256;
@@ -152,10 +153,10 @@ fn parse_upstream(body: api::Upstream) -> Result<Upstream, RegisterError> {
 }
 
 fn refuse_duplicate(upstreams: &[Upstream], new: &Upstream) -> Result<(), RegisterError> {
+    let addresses = listen_addresses(new);
     for old in upstreams {
         let name = &new.destination_name;
-        if old.bind() == new.bind() {
-            let at = new.bind().map(|bind| bind.to_string()).unwrap_or_default();
+        if let Some(at) = listen_addresses(old).iter().find(|at| addresses.contains(at)) {
             return Err(failed(format!("upstreams cannot contain duplicates: {name:?} and another listen on {at}")));
         }
         if old.destination_name == *name {

@@ -279,6 +279,18 @@ async fn registrations_are_refused_with_consuls_texts_and_change_nothing() {
         (proxy(json!({"Upstreams": [upstream("a", 1), upstream("b", 1)]})), "upstreams cannot contain duplicates"),
         (proxy(json!({"Upstreams": [upstream("a", 1), upstream("a", 2)]})), "upstreams cannot contain duplicates"),
         (
+            proxy(json!({"Upstreams": [
+                upstream("a", 1), {"DestinationName": "b", "LocalBindPort": 1, "LocalBindAddress": "::1"},
+            ]})),
+            "\"b\" and another listen on [::1]:1",
+        ),
+        (
+            proxy(json!({"Upstreams": [
+                {"DestinationName": "b", "LocalBindPort": 1, "LocalBindAddress": "::1"}, upstream("a", 1),
+            ]})),
+            "\"a\" and another listen on [::1]:1",
+        ),
+        (
             proxy(json!({"Upstreams": [{"DestinationName": "a", "LocalBindPort": 1, "Datacenter": "dc2"}]})),
             "Datacenter \"dc2\"",
         ),

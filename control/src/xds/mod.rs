@@ -15,4 +15,5 @@ mod stream;
 
 pub use self::peer::XdsPeer;
 pub use self::server::{XdsConfig, XdsLimits, XdsServer};
+pub(crate) use self::snapshot::listen_addresses;
 pub use self::status::{ProxyStatus, Status};

@@ -220,7 +220,7 @@ fn inbound(sidecar: &Service, proxy: &Proxy) -> Option<Inbound> {
 }
 
 /// The address asked for; where none was, `localhost` in both families.
-fn listen_addresses(upstream: &Upstream) -> Vec<SocketAddr> {
+pub(crate) fn listen_addresses(upstream: &Upstream) -> Vec<SocketAddr> {
     let Some(bind) = upstream.bind() else {
         warn!(upstream = upstream.destination_name, "left out: its bind address is not an IP address");
         return Vec::new();
