@@ -96,7 +96,10 @@ async fn leaf(
 /// handshake, by whoever asks.
 async fn authorize(State(api): Shared, query: Query, body: Bytes) -> Reply {
     let bad = |what: &str| Failure(ApiError::bad_request(what));
-    let AuthorizeRequest { target, client_cert_uri, .. } = decode(&body)?;
+    let AuthorizeRequest { target, client_cert_uri, namespace, .. } = decode(&body)?;
+    if !matches!(namespace.as_str(), "" | "default") {
+        return Err(bad(&format!("Namespace {namespace:?}: Namespaces are a Consul Enterprise feature")));
+    }
     if target.is_empty() {
         return Err(bad("Target service must be specified"));
     }

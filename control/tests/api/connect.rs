@@ -181,6 +181,10 @@ async fn intentions_that_cannot_be_kept_are_refused() {
     }
     for (body, text) in [
         (json!({"ClientCertURI": "spiffe://td/x"}), "Target service must be specified"),
+        (
+            json!({"Target": "api", "ClientCertURI": "spiffe://td/x", "Namespace": "team"}),
+            "Namespace \"team\": Namespaces are a Consul Enterprise feature",
+        ),
         (json!({"Target": "api", "ClientCertURI": "http://x"}), "ClientCertURI not a valid Connect identifier"),
         (json!({"Target": "api", "ClientCertURI": "spiffe://td/x"}), "ClientCertURI not a valid Service identifier"),
     ] {
