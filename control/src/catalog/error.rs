@@ -1,5 +1,6 @@
 //! Why the catalog refuses. The texts are Consul's where clients or people know them.
 
+use super::MAX_CHECKS;
 use crate::state::UpdateError;
 
 /// Why a service was not registered.
@@ -58,6 +59,9 @@ pub enum CheckError {
     /// Two checks of one registration have the same ID.
     #[error("Invalid check: duplicate check ID {0:?}")]
     Duplicate(String),
+    /// [`super::MAX_CHECKS`].
+    #[error("Invalid check: service {0:?} would have more than {MAX_CHECKS} checks")]
+    TooMany(String),
     /// What it does or when.
     #[error("Invalid check: {0}")]
     Invalid(String),

@@ -29,6 +29,10 @@ pub use self::error::{CheckError, RegisterError, UnknownCheck, UnknownService};
 pub use self::proxy::MAX_UPSTREAMS;
 pub use self::service::{MAX_META_KEY, MAX_META_PAIRS, MAX_META_VALUE};
 
+/// Most checks of one instance, beside those of maintenance. A registration that replaces all checks of a service and of its
+/// sidecar, or a deregistration of both, has to fit into one transaction.
+pub const MAX_CHECKS: usize = 30;
+const _: () = assert!(2 * (1 + 2 * MAX_CHECKS + 1) <= MAX_OPERATIONS);
 /// Rows of a former name that one transaction removes.
 const FORGET_AT_A_TIME: usize = MAX_OPERATIONS / 2;
 
@@ -96,7 +100,7 @@ impl Catalog {
                     None => self.earlier_sidecar(state, &main.service.id),
                 };
                 for instance in sidecar.iter().chain([&main]) {
-                    self.put(state, plan, instance, replace_checks);
+                    self.put(state, plan, instance, replace_checks)?;
                 }
                 Ok(Registered {
                     service_id: main.service.id,
@@ -113,7 +117,13 @@ impl Catalog {
         state.service(&self.place.node, &declared).map(|_| declared)
     }
 
-    fn put(&self, state: &State, plan: &mut Plan, instance: &Instance, replace_checks: bool) {
+    fn put(
+        &self,
+        state: &State,
+        plan: &mut Plan,
+        instance: &Instance,
+        replace_checks: bool,
+    ) -> Result<(), RegisterError> {
         let Instance { service, checks } = instance;
         let node = &self.place.node;
         plan.put(Table::Services, row_key(node, &service.id), service);
@@ -124,18 +134,26 @@ impl Catalog {
             };
             plan.put(Table::Checks, row_key(node, &check.id), &check);
         }
+        let mut kept = 0;
         for check in state.checks_of(node, &service.id) {
             if checks.iter().any(|new| new.id == check.id) {
                 continue;
             }
             if replace_checks && !maintenance::is_maintenance(check) {
                 plan.delete(Table::Checks, row_key(node, &check.id));
-            } else if check.service_name != service.name || check.service_tags != service.tags {
+                continue;
+            }
+            kept += usize::from(!maintenance::is_maintenance(check));
+            if check.service_name != service.name || check.service_tags != service.tags {
                 let (service_name, service_tags) = (service.name.clone(), service.tags.clone());
                 let check = Check { service_name, service_tags, ..check.value.clone() };
                 plan.put(Table::Checks, row_key(node, &check.id), &check);
             }
         }
+        if kept + checks.len() > MAX_CHECKS {
+            return Err(RegisterError::Check(CheckError::TooMany(service.id.clone())));
+        }
+        Ok(())
     }
 
     /// Removes a service, its checks, and the sidecar that its registration declared with the sidecar's checks.
@@ -178,6 +196,10 @@ impl Catalog {
                 if !check.service_id.is_empty() {
                     let service = state.service(&self.place.node, &check.service_id);
                     let service = service.ok_or_else(|| CheckError::UnknownService(check.service_id.clone()))?;
+                    let own = |other: &&Arc<Stored<Check>>| other.id != check.id && !maintenance::is_maintenance(other);
+                    if state.checks_of(&self.place.node, &check.service_id).filter(own).count() >= MAX_CHECKS {
+                        return Err(CheckError::TooMany(check.service_id));
+                    }
                     check.service_name.clone_from(&service.name);
                     check.service_tags.clone_from(&service.tags);
                 }

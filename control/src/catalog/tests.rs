@@ -445,3 +445,30 @@ proptest! {
         })?;
     }
 }
+
+#[tokio::test]
+async fn a_service_with_as_many_checks_as_it_may_have_is_replaced_and_removed() {
+    let world = World::new().await;
+    let checks = |prefix: &str, count: usize| -> Value {
+        (0..count).map(|n| json!({"CheckID": format!("{prefix}{n}"), "Name": "c", "TTL": "1h"})).collect()
+    };
+    let body = |prefix: &str, count: usize| {
+        let sidecar = json!({"Checks": checks(&format!("s{prefix}"), count)});
+        json!({"Name": "web", "Port": 80, "Checks": checks(prefix, count), "Connect": {"SidecarService": sidecar}})
+    };
+    world.register(body("a", MAX_CHECKS)).await.expect("as many as allowed");
+    world.catalog.service_maintenance("web", true, "").await.expect("beside them");
+    world.register_replacing(body("b", MAX_CHECKS), true).await.expect("all of them at once");
+    let too_many = |err: String| assert!(err.contains("would have more than 30 checks"), "{err}");
+    too_many(world.register(body("c", MAX_CHECKS)).await.expect_err("the old ones stay").to_string());
+    too_many(
+        world.register(json!({"Name": "db", "Checks": checks("d", MAX_CHECKS + 1)})).await.expect_err("31").to_string(),
+    );
+    let one_more = json!({"ID": "more", "Name": "c", "TTL": "1h", "ServiceID": "web"});
+    too_many(world.register_check(one_more).await.expect_err("one more").to_string());
+    let again = json!({"ID": "b1", "Name": "c", "TTL": "2h", "ServiceID": "web"});
+    world.register_check(again).await.expect("it is there already");
+    assert_eq!(world.check_ids("web").len(), MAX_CHECKS + 1);
+    world.catalog.deregister_service("web").await.expect("in one transaction");
+    assert_eq!(world.ledger.state().checks().count(), 0);
+}
