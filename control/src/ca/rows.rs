@@ -7,8 +7,9 @@
 //! | `serial` | the next serial number that nobody has reserved |
 //!
 //! The private key of the active root is the only private key in the store: whoever reads the state file can sign in the
-//! mesh's name. The file is made readable by its owner alone, the key is never served by the API, and it is deleted from the
-//! store by the same transaction that makes the next root active.
+//! mesh's name. The file is readable by its owner alone, the key is never served by the API, and it is deleted from the
+//! store by the same transaction that makes the next root active. Deleted means unreachable: redb does not overwrite the page
+//! that held it until it needs the room, so copies of the file may show keys of roots that are still trusted.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};

@@ -3,8 +3,9 @@
 //! Layout 1: table `meta` (`schema`, `revision` → u64) and table `rows` (`(table, key)` → `created` u64 LE, `modified`
 //! u64 LE, JSON). A file of a newer layout is refused, so that an old program never writes into it.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs::{File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use redb::{Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, StorageError, TableDefinition};
+use tracing::warn;
 
 use super::feed::{Feed, Watch};
 use super::{
@@ -55,10 +57,11 @@ impl RedbStore {
             .truncate(false)
             .mode(0o600)
             .open(path)
+            .and_then(make_private)
             .map_err(|source| StoreError::File { path: path.to_owned(), source })?;
         let database = Database::builder().set_cache_size(CACHE).create_file(file).map_err(|err| match err {
             DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
-            DatabaseError::Storage(StorageError::Io(source)) if source.kind() != std::io::ErrorKind::InvalidData => {
+            DatabaseError::Storage(StorageError::Io(source)) if source.kind() != io::ErrorKind::InvalidData => {
                 StoreError::File { path: path.to_owned(), source }
             }
             other => StoreError::Damaged { path: path.to_owned(), what: other.to_string() },
@@ -67,6 +70,16 @@ impl RedbStore {
         let inner = Inner { path: path.to_owned(), database, feed: Feed::new(revision), order: Mutex::new(()) };
         Ok(Self { inner: Arc::new(inner) })
     }
+}
+
+/// The mode at creation says nothing of a file that was there: restored from a backup, say. Keys are in it.
+fn make_private(file: File) -> io::Result<File> {
+    let mode = file.metadata()?.permissions().mode();
+    if mode & 0o077 != 0 {
+        warn!(mode = format!("{:o}", mode & 0o7777), "the state file was readable by others, which is ended now");
+        file.set_permissions(Permissions::from_mode(0o600))?;
+    }
+    Ok(file)
 }
 
 /// Checks the layout, or writes it into a new file; returns the last revision.

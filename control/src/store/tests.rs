@@ -140,7 +140,10 @@ fn the_file_is_private_and_survives_reopening() {
     runtime().block_on(store.commit(change(vec![put("a", "1")]))).expect("commit");
     assert_eq!(std::fs::metadata(&path).expect("exists").permissions().mode() & 0o777, 0o600);
     drop(store);
+    // As after a careless restore.
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).expect("ours");
     let store = RedbStore::open(&path).expect("the same store");
+    assert_eq!(std::fs::metadata(&path).expect("exists").permissions().mode() & 0o777, 0o600);
     let after = runtime().block_on(async {
         assert_eq!(rows(&store).await["a"], ("1".to_owned(), 1, 1));
         store.commit(change(vec![put("a", "2")])).await
