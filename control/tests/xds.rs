@@ -204,14 +204,22 @@ async fn who_is_no_registered_proxy_is_told_so() {
 }
 
 #[tokio::test]
-async fn a_deregistered_proxy_loses_its_stream() {
+async fn a_deregistered_proxy_hears_who_may_call_it_until_it_hangs_up() {
     let control = countdash(Action::Deny, XdsLimits::default()).await;
     let mut api = Client::ready(&control, API).await;
-    api.next_of(Kind::Listener).await;
-    assert!(control.xds.status().proxies().contains_key(API));
+    let registered = api.next_of(Kind::Listener).await;
     control.deregister(API).await;
-    assert_eq!(api.end().await.code(), Code::PermissionDenied);
+    control.intend("web", "api", Action::Allow).await;
+    let after = api.next_of(Kind::Listener).await;
+    assert_eq!(names(&after), names(&registered), "the same listener");
+    let any = after.resources[0].resource.as_ref().expect("a body");
+    let text = format!("{:?}", Listener::decode(any.value.as_slice()).expect("a listener").metadata);
+    assert!(text.contains("web"), "with the new rule: {text}");
+    drop(api);
     eventually("it is not listed any more", async || control.xds.status().proxies().is_empty()).await;
+    let mut again = Client::open(channel(&control).await, API).await.expect("the stream opens");
+    again.subscribe(Kind::Listener, &[]).await;
+    assert_eq!(again.end().await.code(), Code::PermissionDenied, "what is not registered cannot begin");
     control.shutdown().await;
 }
 

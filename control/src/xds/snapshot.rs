@@ -150,7 +150,7 @@ impl Snapshot {
             identity: of(&service),
             inbound: inbound(sidecar, proxy),
             default_action: context.default_action,
-            intentions: state.rules().iter().filter(|rule| rule.destination.covers(&service)).cloned().collect(),
+            intentions: intentions(state, &service),
             outbound: Vec::new(),
             targets: Vec::new(),
             leaf: Arc::clone(context.leaf),
@@ -164,6 +164,24 @@ impl Snapshot {
         }
         snapshot.targets.sort_by(|left, right| left.name.cmp(&right.name));
         Ok(snapshot)
+    }
+
+    /// Of a proxy that is registered no more and still connected: what its registration said stays, all else is that of
+    /// `state`. Who may call it must go on to reach it as long as it has connections.
+    #[must_use]
+    pub fn after_registration(&self, state: &State, context: &Context<'_>) -> Self {
+        let targets = self.targets.iter().map(|target| {
+            let instances = instances(state, &target.identity.service);
+            Target { instances, ..target.clone() }
+        });
+        Self {
+            default_action: context.default_action,
+            intentions: intentions(state, &self.identity.service),
+            targets: targets.collect(),
+            leaf: Arc::clone(context.leaf),
+            roots: Arc::clone(&context.roots.bundle),
+            ..self.clone()
+        }
     }
 
     /// `connect_timeout`: the proxy's, for upstreams that have none of their own.
@@ -229,6 +247,11 @@ pub(crate) fn listen_addresses(upstream: &Upstream) -> Vec<SocketAddr> {
         return vec![bind, SocketAddr::new(Ipv6Addr::LOCALHOST.into(), bind.port())];
     }
     vec![bind]
+}
+
+/// Those about `service` as destination.
+fn intentions(state: &State, service: &ServiceName) -> Vec<Intention> {
+    state.rules().iter().filter(|rule| rule.destination.covers(service)).cloned().collect()
 }
 
 /// The passing instances; those that warn only if none passes; never critical ones.

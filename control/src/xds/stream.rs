@@ -1,5 +1,7 @@
-//! One delta stream: joins what the proxy says ([`Session`]) with what it is to have ([`Snapshot`]), for as long as the proxy is
-//! registered here.
+//! One delta stream: joins what the proxy says ([`Session`]) with what it is to have ([`Snapshot`]).
+//!
+//! It begins only for a proxy that is registered here, and ends with the client: a proxy that is deregistered may have
+//! connections yet, and goes on to hear who may call it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -140,20 +142,24 @@ impl Stream {
     /// Takes a new snapshot, and renders it if it says something new.
     fn refresh(&mut self) -> Result<(), Status> {
         let state = Arc::clone(&self.state.borrow_and_update());
-        let service = represented(&state, &self.shared.node, &self.proxy).map_err(|error| {
-            info!(proxy = self.proxy, "the proxy is no longer registered, its stream ends");
-            denied(&error)
-        })?;
-        if service != self.service {
-            self.leaf = watch_leaf(&self.shared, &service)?;
-            self.service = service;
+        match (represented(&state, &self.shared.node, &self.proxy), &self.snapshot) {
+            (Ok(service), _) if service != self.service => {
+                self.leaf = watch_leaf(&self.shared, &service)?;
+                self.service = service;
+            }
+            (Ok(_), _) | (Err(SnapshotError::NotRegistered(_)), Some(_)) => {}
+            (Err(error), _) => return Err(denied(&error)),
         }
         let default_action = self.settings.borrow_and_update().default_policy;
         let roots = Arc::clone(&self.roots.borrow_and_update());
         // Without a certificate there is nothing to serve: the stream waits, and the proxy goes on with what it has.
         let Some(leaf) = self.leaf.take_latest() else { return Ok(()) };
         let context = Context { node: &self.shared.node, default_action, roots: &roots, leaf: &leaf };
-        let snapshot = Snapshot::take(&state, &self.proxy, &context).map_err(|error| denied(&error))?;
+        let snapshot = match (Snapshot::take(&state, &self.proxy, &context), &self.snapshot) {
+            (Ok(snapshot), _) => snapshot,
+            (Err(SnapshotError::NotRegistered(_)), Some(last)) => last.after_registration(&state, &context),
+            (Err(error), _) => return Err(denied(&error)),
+        };
         if self.snapshot.as_ref() != Some(&snapshot) {
             self.resources = render(&snapshot);
             debug!(proxy = self.proxy, revision = %state.revision(), version = self.resources.version(), "new configuration");

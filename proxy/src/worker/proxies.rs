@@ -57,7 +57,8 @@ impl Proxies {
         }
         if let Some(served) = self.served.get_mut(proxy).filter(|served| served.stop.is_some()) {
             served.named = true;
-            return served.client.set_token(token);
+            served.client.set_token(token);
+            return served.client.retry_now();
         }
         if self.served.contains_key(proxy) {
             return warn!(proxy, "not served: it is still being drained");

@@ -7,11 +7,12 @@ use std::time::Duration;
 use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use envoy_types::pb::google::rpc::Status as RpcStatus;
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request};
-use tracing::{Instrument, debug, info, info_span, warn};
+use tracing::{Instrument, debug, error, info, info_span, warn};
 
 use super::backoff::Backoff;
 use super::channel::XdsChannel;
@@ -22,6 +23,9 @@ use crate::config::ProxyConfig;
 
 /// Most requests that wait for a control plane that does not read. One more, and the stream is given up.
 pub const OUTBOX: usize = 256;
+/// A control plane that is there and refuses the proxy for this long has taken its policy away. Shorter refusals are those of
+/// an agent that has just started and has not registered everything yet.
+pub const DENIED_LIMIT: Duration = Duration::from_secs(30);
 /// The header with the ACL token.
 const TOKEN_HEADER: &str = "x-consul-token";
 
@@ -31,6 +35,7 @@ pub struct XdsClient {
     config: watch::Receiver<Arc<ProxyConfig>>,
     status: watch::Receiver<Status>,
     token: Arc<Mutex<Option<Token>>>,
+    retry: Arc<Notify>,
     task: AbortHandle,
 }
 
@@ -42,9 +47,12 @@ impl XdsClient {
         let (status, status_seen) = watch::channel(Status::default());
         let token = Arc::new(Mutex::new(token));
         let span = info_span!("xds", proxy = %node.id);
-        let run = Run { channel, node, token: Arc::clone(&token), state: State::default(), config, status };
+        let state = State::default();
+        let retry = Arc::new(Notify::new());
+        let (own_token, own_retry) = (Arc::clone(&token), Arc::clone(&retry));
+        let run = Run { channel, node, token: own_token, retry: own_retry, state, config, status, denied: None };
         let task = tokio::spawn(run.forever().instrument(span)).abort_handle();
-        Self { config: config_seen, status: status_seen, token, task }
+        Self { config: config_seen, status: status_seen, token, retry, task }
     }
 
     /// The configuration in force. Empty until the control plane has sent one; changes only when something changed.
@@ -62,6 +70,11 @@ impl XdsClient {
     /// Uses this token from the next stream on.
     pub fn set_token(&self, token: Option<Token>) {
         *self.token.lock() = token;
+    }
+
+    /// Tries at once, if there is no stream: what refused this proxy may know it by now.
+    pub fn retry_now(&self) {
+        self.retry.notify_one();
     }
 }
 
@@ -100,9 +113,12 @@ struct Run {
     channel: XdsChannel,
     node: Node,
     token: Arc<Mutex<Option<Token>>>,
+    retry: Arc<Notify>,
     state: State,
     config: watch::Sender<Arc<ProxyConfig>>,
     status: watch::Sender<Status>,
+    /// Since when every attempt was refused.
+    denied: Option<Instant>,
 }
 
 impl Run {
@@ -114,9 +130,11 @@ impl Run {
             let end = self.stream(&mut backoff).await;
             let wait = backoff.fail();
             self.disconnected(&end, wait);
+            self.note_denial(&end);
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
                 Ok(()) = wake.changed() => backoff.reset(),
+                () = self.retry.notified() => backoff.reset(),
             }
         }
     }
@@ -144,6 +162,7 @@ impl Run {
                 Err(status) => return StreamEnd::Rpc(status),
             };
             backoff.reset(); // a control plane that answers is a good one
+            self.denied = None;
             if let Err(end) = self.respond(response, &mut outbox) {
                 return end;
             }
@@ -178,12 +197,8 @@ impl Run {
         for nack in nacks {
             warn!(resource = nack.resource, reason = nack.reason, "refused a resource; its last good version stays");
         }
+        let changed = self.put_in_force();
         let config = self.state.config();
-        let changed = self.config.send_if_modified(|current| {
-            let changed = **current != **config;
-            *current = Arc::clone(config);
-            changed
-        });
         debug!(
             version,
             nonce,
@@ -203,6 +218,16 @@ impl Run {
         self.set_status(next);
     }
 
+    /// `true` if that changes anything.
+    fn put_in_force(&self) -> bool {
+        let config = self.state.config();
+        self.config.send_if_modified(|current| {
+            let changed = **current != **config;
+            *current = Arc::clone(config);
+            changed
+        })
+    }
+
     fn disconnected(&self, end: &StreamEnd, wait: Duration) {
         let was_connected = self.status.borrow().connected;
         if was_connected {
@@ -212,6 +237,20 @@ impl Run {
         }
         let last = self.status.borrow().clone(); // not inside the call: it would hold the lock that the call takes
         self.set_status(Status { connected: false, disconnected_because: Some(end.to_string()), ..last });
+    }
+
+    fn note_denial(&mut self, end: &StreamEnd) {
+        if !matches!(end, StreamEnd::Rpc(status) if status.code() == Code::PermissionDenied) {
+            self.denied = None; // not there: the last word holds
+            return;
+        }
+        let since = *self.denied.get_or_insert_with(Instant::now);
+        if since.elapsed() >= DENIED_LIMIT {
+            self.state.lose_policy();
+            if self.put_in_force() {
+                error!(reason = %end, "the control plane does not know this proxy any more: it denies what comes in");
+            }
+        }
     }
 
     fn set_status(&self, next: Status) {

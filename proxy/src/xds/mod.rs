@@ -19,7 +19,7 @@ mod trust;
 
 pub use backoff::{FIRST_RETRY, LAST_RETRY};
 pub use channel::{CONNECT_TIMEOUT, Dial, MAX_MESSAGE, Transport, XdsChannel};
-pub use client::{OUTBOX, XdsClient};
+pub use client::{DENIED_LIMIT, OUTBOX, XdsClient};
 pub use node::{BadToken, Node, Token};
 pub use state::{MAX_RESOURCES, Rejection, ResourceKind, State, UnknownType};
 pub use status::{MAX_NACK_MESSAGE, Nack, Status};

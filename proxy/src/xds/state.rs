@@ -19,10 +19,11 @@ use prost::Name;
 use super::status::Nack;
 use crate::config::parse::{ParsedCluster, Problem, ResourceError, parse_cluster, parse_endpoints, parse_listener};
 use crate::config::{Cluster, Direction, Endpoint, Listener, ProxyConfig};
+use crate::rbac::Rbac;
 
 /// Most resources of one kind that a proxy accepts.
 pub const MAX_RESOURCES: usize = 10_000;
-/// Marks the version of a resource that is in use but was complained about: the next stream gets it again.
+/// Marks the version of a resource that is in use but not as it was sent: the next stream gets it again.
 const COMPLAINED: &str = "refused:";
 
 /// The kinds of resources that the worker subscribes to.
@@ -138,6 +139,18 @@ impl State {
         self.forget_unneeded_endpoints();
         self.in_force = Arc::new(self.settle());
         Ok(rejections)
+    }
+
+    /// Nobody says any more who may connect: inbound listeners deny, until each is sent anew.
+    pub(super) fn lose_policy(&mut self) {
+        for known in self.listeners.values_mut().filter(|known| known.value.direction == Direction::Inbound) {
+            let deny = [Rbac::deny_all()];
+            if *known.value.rbac != deny {
+                known.value = Arc::new(Listener { rbac: deny.into(), explain: None, ..Listener::clone(&known.value) });
+                known.version = format!("{COMPLAINED}{}", known.version);
+            }
+        }
+        self.in_force = Arc::new(self.settle());
     }
 
     /// What is in force. The same `Arc` until the next [`Self::apply`].

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use culvert_proxy::config::ProxyConfig;
-use culvert_proxy::xds::{Node, ServerTrust, Status, Token, XdsChannel, XdsClient};
+use culvert_proxy::rbac::Rbac;
+use culvert_proxy::xds::{DENIED_LIMIT, Node, ServerTrust, Status, Token, XdsChannel, XdsClient};
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment;
 use envoy_types::pb::envoy::config::listener::v3::Listener;
@@ -243,6 +244,53 @@ async fn proxies_share_a_connection_and_reconnect_by_themselves() {
     stream.accepted::<Cluster>(clusters("2", &[], &[])).await;
     assert_eq!(fake.dialled(), 1);
     streams[0].accepted::<Cluster>(clusters("3", &[], &[])).await;
+}
+
+#[tokio::test]
+async fn a_control_plane_that_refuses_the_proxy_for_long_takes_its_policy_away() {
+    let mut fake = Fake::start();
+    let channel = XdsChannel::over(fake.dialer());
+    let client = start(&channel);
+    let public = || listeners("2", &[make::public_listener(&["web"])], &[]);
+    let denies = |config: &ProxyConfig| *config.listeners[make::PUBLIC].rbac == [Rbac::deny_all()];
+    let mut stream = fake.stream().await;
+    introduction(&mut stream).await;
+    stream.accepted::<Cluster>(clusters("1", &[make::static_cluster("local_app", 80)], &[])).await;
+    stream.accepted::<Listener>(public()).await;
+    config_with(&client, "policy", |config| config.listeners.contains_key(make::PUBLIC)).await;
+    let gone = || RpcStatus::permission_denied("not registered");
+    let retry = async |fake: &mut Fake| {
+        client.retry_now();
+        fake.stream().await
+    };
+
+    // Neither a moment without it, nor a control plane that is not there, means anything.
+    stream.fail(gone()).await;
+    fake.stream().await.fail(RpcStatus::unavailable("shutting down")).await;
+    tokio::time::pause();
+    tokio::time::advance(DENIED_LIMIT).await;
+    tokio::time::resume();
+    retry(&mut fake).await.fail(gone()).await;
+    let mut stream = retry(&mut fake).await;
+    let (_, known) = introduction(&mut stream).await;
+    assert_eq!(known.initial_resource_versions[make::PUBLIC], "l1", "what is in force is what was sent");
+    assert!(!denies(&client.config().borrow()));
+
+    stream.accepted::<Cluster>(clusters("1", &[], &[])).await;
+    stream.fail(gone()).await;
+    status_with(&client, "the refusal", |status| !status.connected).await;
+    tokio::time::pause();
+    tokio::time::advance(DENIED_LIMIT).await;
+    tokio::time::resume();
+    retry(&mut fake).await.fail(gone()).await;
+    config_with(&client, "a proxy that denies", denies).await;
+
+    let mut stream = retry(&mut fake).await;
+    let (_, known) = introduction(&mut stream).await;
+    assert_ne!(known.initial_resource_versions[make::PUBLIC], "l1", "so that it is sent again");
+    stream.accepted::<Cluster>(clusters("1", &[], &[])).await;
+    stream.accepted::<Listener>(public()).await;
+    config_with(&client, "policy again", |config| !denies(config)).await;
 }
 
 #[tokio::test]
