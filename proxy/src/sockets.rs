@@ -21,7 +21,7 @@ pub trait Sockets: Send + Sync + 'static {
     /// The listener at `address` is not needed any more.
     fn forget(&self, address: SocketAddr);
 
-    /// An unconnected socket for one connection to the application.
+    /// An unconnected socket for one connection to the application. Whoever makes it bounds the wait.
     fn app_socket(&self, family: Family) -> BoxFuture<'static, io::Result<TcpSocket>>;
 }
 

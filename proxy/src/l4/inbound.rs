@@ -105,14 +105,12 @@ async fn connect_app(shared: &Shared, state: &State) -> Result<(Connection, Plac
         NoPlace::Full => Refusal::new(RefusalReason::Limit, "the application's limit of connections is reached"),
     })?;
     let address = place.address;
-    let connect = async {
-        let socket = shared.context.sockets.app_socket(Family::of(address)).await?;
-        let stream = socket.connect(address).await?;
-        Connection::opened(stream)
-    };
+    let refused = |error: io::Error| failed(format!("connect to the application at {address}: {error}"));
+    let socket = shared.context.sockets.app_socket(Family::of(address)).await.map_err(refused)?;
+    let connect = async { Connection::opened(socket.connect(address).await?) };
     match timeout(destination.config.connect_timeout, connect).await {
         Ok(Ok(app)) => Ok((app, place)),
-        Ok(Err(error)) => Err(failed(format!("connect to the application at {address}: {error}"))),
+        Ok(Err(error)) => Err(refused(error)),
         Err(_) => Err(failed(format!("connect to the application at {address}: not in time"))),
     }
 }

@@ -67,7 +67,7 @@ impl Link {
             let _may_have_ended = line.shutdown(std::net::Shutdown::Both);
         }
         for pool in self.pools.lock().values() {
-            pool.refused("the agent is away");
+            pool.set_away(true);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Sockets of a workload's network namespace: listeners as the agent hands them over, and a stock of unconnected ones.
 //!
 //! The stock is filled up in batches before it is empty, so that a connection seldom waits for the agent; when it does, the
-//! wait is bounded.
+//! wait is bounded. Without an agent a connection waits for the next one, which is asked once it has named the proxy.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -24,8 +24,8 @@ use crate::sockets::Sockets;
 pub const LOW_WATER: usize = 16;
 /// How many are asked for at once; all that a message carries if none is left.
 pub const BATCH: u16 = 32;
-/// Longest wait of a connection for a socket.
-pub const APP_SOCKET_WAIT: Duration = Duration::from_secs(2);
+/// Longest wait of a connection for a socket: time for an agent to be replaced.
+pub const APP_SOCKET_WAIT: Duration = Duration::from_secs(10);
 
 /// One proxy's stock.
 #[derive(Debug, Default)]
@@ -40,6 +40,8 @@ struct Stock {
     sockets: Vec<OwnedFd>,
     /// Asked for, not come yet.
     asked: bool,
+    /// Nobody can be asked.
+    away: bool,
     /// Counts refusals, so that who waits learns of one that came after it asked.
     refusals: u64,
     refusal: String,
@@ -66,11 +68,13 @@ impl Pool {
         self.changed.notify_waiters();
     }
 
-    /// Nobody will send any for now.
-    pub(super) fn refused(&self, why: &str) {
+    /// The agent is gone, and what it was asked for will not come; or the next one serves this proxy.
+    pub(super) fn set_away(&self, away: bool) {
         for family in [Family::V4, Family::V6] {
-            self.fill(family, Vec::new(), Some(why.to_owned()));
+            let mut stock = self.stock(family).lock();
+            (stock.away, stock.asked) = (away, false);
         }
+        self.changed.notify_waiters();
     }
 
     async fn take(&self, link: &Link, proxy: &str, family: Family) -> io::Result<OwnedFd> {
@@ -80,12 +84,14 @@ impl Pool {
             {
                 let mut stock = self.stock(family).lock();
                 let socket = stock.sockets.pop();
-                if stock.sockets.len() < LOW_WATER && !stock.asked {
+                if stock.sockets.len() < LOW_WATER && !stock.asked && !stock.away {
                     let count = if socket.is_none() { MAX_APP_SOCKETS } else { BATCH };
                     match link.ask_app_sockets(proxy, family, count) {
                         Ok(()) => stock.asked = true,
-                        Err(error) if socket.is_none() => return Err(error),
-                        Err(_) => {} // the stock lasts for now, and the next connection asks again
+                        Err(error) if socket.is_none() && error.kind() != io::ErrorKind::NotConnected => {
+                            return Err(error);
+                        }
+                        Err(_) => {} // the stock lasts for now and the next connection asks again, or the next agent is awaited
                     }
                 }
                 if let Some(socket) = socket {

@@ -58,6 +58,9 @@ impl Proxies {
         if let Some(served) = self.served.get_mut(proxy).filter(|served| served.stop.is_some()) {
             served.named = true;
             served.client.set_token(token);
+            if let Some(pool) = self.link.pools.lock().get(proxy) {
+                pool.set_away(false);
+            }
             return served.client.retry_now();
         }
         if self.served.contains_key(proxy) {

@@ -106,6 +106,29 @@ async fn the_worker_outlives_its_agent_and_is_taken_over() {
 }
 
 #[tokio::test]
+async fn connections_beyond_the_stock_of_sockets_wait_for_the_next_agent() {
+    let agent = Agent::start(Setup::new("waits", echo().await)).await;
+    let mut before = call(agent.upstream());
+    ping(&mut before).await.expect("with the agent");
+    let upstream = agent.upstream();
+    let orphan = agent.die();
+    let calls = (0..150).map(|_| {
+        tokio::spawn(async move {
+            let mut client = call(upstream);
+            ping(&mut client).await.map(|()| client)
+        })
+    });
+    let calls: Vec<_> = calls.collect();
+    let answered = || calls.iter().filter(|call| call.is_finished()).count();
+    eventually("the stock is used up", || answered() >= 16).await;
+    assert!(answered() < 150, "nobody else makes sockets");
+    let agent = orphan.adopt().await;
+    let clients = futures::future::join_all(calls).await;
+    assert!(clients.into_iter().all(|client| client.expect("no panic").is_ok()));
+    drop(agent);
+}
+
+#[tokio::test]
 async fn nobody_but_the_user_who_started_the_worker_takes_it_over() {
     if !rustix::process::geteuid().is_root() {
         assert!(std::env::var_os("CI").is_none(), "CI runs as root, so that this is tested");
