@@ -1,7 +1,8 @@
 //! The node's worker: many proxies in one process without privilege, fed by the agent over the control socket.
 //!
 //! It outlives its agent. When the control socket ends, connections and listeners go on with the last configuration, and the
-//! worker calls at [`ADOPTION_SOCKET`] until an agent of the same user as the first answers or [`ORPHAN_LIFE`] has passed; then it drains and exits.
+//! worker calls at [`ADOPTION_SOCKET`] until an agent of the same user as the first answers or its last
+//! certificate has expired, when nobody could open a connection any more; then it drains and exits.
 //!
 //! A panic in one connection's task ends that connection (its sockets are reset as they are dropped) and nothing else.
 
@@ -27,14 +28,19 @@ use crate::events::{EventReader, Events};
 use crate::handoff::{ADOPTION_SOCKET, ControlSocket, EventRecord, ReceiveError, SendError, ToAgent, ToWorker};
 use crate::metrics::Metrics;
 use crate::threads::{DataThreads, Placement};
+use crate::tls;
 use link::Link;
 pub(crate) use privilege::raise_descriptor_limit;
 use proxies::Proxies;
 
-/// How long a worker looks for another agent.
+/// How long a worker looks for another agent at least, whatever its certificates say.
 pub const ORPHAN_LIFE: Duration = Duration::from_secs(60);
-/// Pause between two calls.
+/// How long at most.
+pub const MAX_ORPHAN_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Pause between two calls, while an agent that is being replaced should be back any moment; an agent gives up after 3 s.
 const CALL_PAUSE: Duration = Duration::from_millis(100);
+/// Pause between two calls later on.
+const LATE_CALL_PAUSE: Duration = Duration::from_secs(1);
 /// How long connections may go on when no agent was found, and when an agent did not name a proxy again.
 const ORPHAN_DRAIN: Duration = Duration::from_secs(30);
 /// Within this time after it took over, an agent has to name every proxy that shall stay.
@@ -107,8 +113,9 @@ impl Worker {
                 return info!("drained");
             }
             warn!("the agent is gone; serving on with the last configuration");
-            let Some(next) = find_agent(adoption, owner).await else {
-                error!("no agent within {ORPHAN_LIFE:?}; draining");
+            let life = orphan_life(self.proxies.last_certificate(), tls::now().as_secs());
+            let Some(next) = find_agent(adoption, owner, life).await else {
+                error!("no agent within {life:?}; draining");
                 return self.proxies.drain_all(ORPHAN_DRAIN).await;
             };
             info!("an agent took over");
@@ -142,17 +149,23 @@ fn hello() -> ToAgent {
     ToAgent::Hello { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned() }
 }
 
-/// Calls until an agent of user `owner` answers.
-async fn find_agent(adoption: &str, owner: u32) -> Option<ControlSocket> {
-    let until = Instant::now() + ORPHAN_LIFE;
-    while Instant::now() < until {
+/// How long a worker goes on without an agent whose last certificate ends at `last`, in seconds since 1970.
+fn orphan_life(last: Option<u64>, now: u64) -> Duration {
+    let left = Duration::from_secs(last.unwrap_or_default().saturating_sub(now));
+    left.clamp(ORPHAN_LIFE, MAX_ORPHAN_LIFE)
+}
+
+/// Calls until an agent of user `owner` answers, for `life`.
+async fn find_agent(adoption: &str, owner: u32, life: Duration) -> Option<ControlSocket> {
+    let start = Instant::now();
+    while start.elapsed() < life {
         match ControlSocket::call(adoption).and_then(|agent| Ok((agent.peer()?.uid, agent))) {
             // Anybody may bind an abstract name. The worker's own user is no better than others: sandboxed tasks share it.
             Ok((uid, agent)) if uid == owner => return Some(agent),
             Ok((uid, _)) => warn!(uid, "a process that is not an agent answers in its place; not followed"),
             Err(_) => {}
         }
-        sleep(CALL_PAUSE).await;
+        sleep(if start.elapsed() < ORPHAN_LIFE { CALL_PAUSE } else { LATE_CALL_PAUSE }).await;
     }
     None
 }
@@ -243,5 +256,28 @@ async fn send(agent: &ControlSocket, message: &ToAgent, descriptors: &[BorrowedF
             error!(%error, "a message to the agent was not sent");
             Ok(())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_without_an_agent_lives_as_long_as_its_last_certificate() {
+        let now = 1_800_000_000;
+        assert_eq!(orphan_life(Some(now + 72 * 3600), now), Duration::from_secs(72 * 3600));
+        for nobody_could_connect in [None, Some(now), Some(now - 5), Some(now + 5)] {
+            assert_eq!(orphan_life(nobody_could_connect, now), ORPHAN_LIFE);
+        }
+        assert_eq!(orphan_life(Some(u64::MAX), now), MAX_ORPHAN_LIFE);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_calls_for_just_as_long() {
+        let (start, life) = (Instant::now(), Duration::from_secs(3600));
+        let owner = rustix::process::geteuid().as_raw();
+        assert!(find_agent("culvert/test/nobody", owner, life).await.is_none());
+        assert!((life..life + LATE_CALL_PAUSE).contains(&start.elapsed()));
     }
 }

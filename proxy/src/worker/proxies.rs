@@ -146,6 +146,11 @@ impl Proxies {
         listeners.into_iter().chain(states).collect()
     }
 
+    /// When the last certificate ends that is in use, in seconds since 1970.
+    pub(super) fn last_certificate(&self) -> Option<u64> {
+        self.served.values().filter_map(|served| served.status.borrow().certificate_not_after).max()
+    }
+
     /// A new agent has to name every proxy again.
     pub(super) fn unname(&mut self) {
         self.served.values_mut().for_each(|served| served.named = false);
