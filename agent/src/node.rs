@@ -134,7 +134,7 @@ async fn serve(
     let network = Arc::new(Network::open(network).await.context("workload network")?);
     network.warnings().iter().for_each(|warning| warn!("{warning}"));
     let (datapath, kernel_events) = load_datapath(&settings, &network, &routes_state)?;
-    let policy = PolicyEngine::new(datapath, control.mesh());
+    let policy = PolicyEngine::new(datapath, control.mesh(), &data_dir);
     tokio::spawn(Arc::clone(&policy).run());
     if let Some(events) = kernel_events {
         tokio::spawn(policy::relay(events, Arc::clone(&policy), control.mesh(), Arc::clone(&hub)));

@@ -28,6 +28,7 @@ mod workloads;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -162,25 +163,52 @@ impl Datapath {
     /// # Errors
     /// [`TableError`]; the difference that is left is found by the next call.
     pub fn apply(&mut self, desired: &BTreeMap<UpstreamKey, Upstream>) -> Result<Applied, TableError> {
+        self.apply_beside(desired, &BTreeSet::new())
+    }
+
+    /// As [`Self::apply`]; but what is `left_alone`, and not desired, stays as it is.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub fn apply_beside(
+        &mut self,
+        desired: &BTreeMap<UpstreamKey, Upstream>,
+        left_alone: &BTreeSet<UpstreamKey>,
+    ) -> Result<Applied, TableError> {
         self.last_epoch = clock::boot().max(self.last_epoch + 1);
-        let cookies = self.workloads.lock().iter().map(|(id, workload)| (*id, workload.cookie)).collect();
-        upstream::apply(&mut self.kernel.upstream, desired, &cookies, self.last_epoch)
+        let cookies = self.cookies()?;
+        upstream::apply(&mut self.kernel.upstream, desired, left_alone, &cookies, self.last_epoch)
             .map_err(|source| TableError { table: "UPSTREAM", source })
     }
 
+    /// The entries in force: those of the last [`Self::apply`], or of an earlier agent's. Their ends are not told.
+    ///
+    /// # Errors
+    /// [`TableError`].
+    pub fn upstreams(&self) -> Result<BTreeMap<UpstreamKey, Upstream>, TableError> {
+        let cookies = self.cookies()?;
+        upstream::list(&self.kernel.upstream, &cookies).map_err(|source| TableError { table: "UPSTREAM", source })
+    }
+
+    /// Network namespaces of the workloads, also of those that an earlier agent left and that are not attached again yet.
+    fn cookies(&self) -> Result<BTreeMap<u32, u64>, TableError> {
+        Ok(self.workload_entries()?.iter().map(|entry| (entry.id, entry.netns_cookie)).collect())
+    }
+
     /// Ends every direct connection between `ends`, at both of them, whether it is open, opening or closing; returns how many
-    /// sockets were ended. Workloads that are not attached have none.
+    /// sockets were ended. In workloads that are not attached none is.
     ///
     /// # Errors
     /// When a namespace cannot be entered, or its sockets cannot be listed.
     pub fn destroy_flows(&self, ends: &BTreeSet<FlowEnds>) -> io::Result<usize> {
         let workloads = self.workloads.lock();
+        let entries = self.workload_entries().map_err(io::Error::other)?;
+        let addresses: BTreeMap<u32, Vec<IpAddr>> =
+            entries.iter().map(|entry| (entry.id, workloads::addresses(entry))).collect();
         let mut by_workload: BTreeMap<u32, Vec<FlowPair>> = BTreeMap::new();
         for &FlowEnds { source, destination, port } in ends {
-            let (Some(caller), Some(called)) = (workloads.get(&source), workloads.get(&destination)) else { continue };
-            for (from, to) in
-                caller.addresses.iter().flat_map(|from| called.addresses.iter().map(move |to| (*from, *to)))
-            {
+            let (Some(caller), Some(called)) = (addresses.get(&source), addresses.get(&destination)) else { continue };
+            for (from, to) in caller.iter().flat_map(|from| called.iter().map(move |to| (*from, *to))) {
                 if from.is_ipv4() == to.is_ipv4() {
                     let pair = FlowPair { source: from, destination: to, port };
                     by_workload.entry(source).or_default().push(pair);

@@ -1,6 +1,6 @@
 //! Upstream entries as the policy compiler writes them, and the difference between two sets of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -136,6 +136,7 @@ impl Upstream {
 pub(super) fn apply(
     table: &mut HashMap<MapData, raw::UpstreamKey, raw::Upstream>,
     desired: &BTreeMap<UpstreamKey, Upstream>,
+    left_alone: &BTreeSet<UpstreamKey>,
     cookies: &BTreeMap<u32, u64>,
     fresh_epoch: u64,
 ) -> Result<Applied, MapError> {
@@ -145,8 +146,10 @@ pub(super) fn apply(
         .filter_map(|(key, wanted)| Some((raw_key(*cookies.get(&key.workload)?, key.address), wanted)))
         .collect();
     let workloads: BTreeMap<u64, u32> = cookies.iter().map(|(workload, cookie)| (*cookie, *workload)).collect();
+    let raw_keys = left_alone.iter().filter_map(|key| Some(raw_key(*cookies.get(&key.workload)?, key.address)));
+    let left_alone: HashSet<raw::UpstreamKey> = raw_keys.collect();
     let stays = |key: &raw::UpstreamKey, entry: &raw::Upstream| {
-        desired.get(key).is_some_and(|wanted| wanted.service == entry.service)
+        desired.get(key).map_or(left_alone.contains(key), |wanted| wanted.service == entry.service)
     };
     let present = table.iter().collect::<Result<Vec<_>, _>>()?;
     let (kept, gone): (Vec<_>, Vec<_>) = present.into_iter().partition(|(key, entry)| stays(key, entry));
@@ -154,10 +157,8 @@ pub(super) fn apply(
     let mut applied = Applied::default();
     for (key, entry) in gone {
         table.remove(&key)?;
-        // Of a workload that is not attached any more nothing lives.
-        if let Some(workload) = workloads.get(&key.netns_cookie) {
-            let address = SocketAddr::new(key.address.into(), key.port);
-            let key = UpstreamKey { workload: *workload, address };
+        // Of a workload that is gone nothing lives.
+        if let Some(key) = plain_key(&key, &workloads) {
             applied.removed.push(Removed { key, upstream: Upstream::from_raw(&entry) });
         }
     }
@@ -178,6 +179,23 @@ pub(super) fn apply(
         }
     }
     Ok(applied)
+}
+
+/// What is in the kernel's table, of the workloads that `cookies` names.
+pub(super) fn list(
+    table: &HashMap<MapData, raw::UpstreamKey, raw::Upstream>,
+    cookies: &BTreeMap<u32, u64>,
+) -> Result<BTreeMap<UpstreamKey, Upstream>, MapError> {
+    let workloads: BTreeMap<u64, u32> = cookies.iter().map(|(workload, cookie)| (*cookie, *workload)).collect();
+    let present = table.iter().collect::<Result<Vec<_>, _>>()?;
+    let known =
+        present.iter().filter_map(|(key, entry)| Some((plain_key(key, &workloads)?, Upstream::from_raw(entry))));
+    Ok(known.collect())
+}
+
+fn plain_key(key: &raw::UpstreamKey, workloads: &BTreeMap<u64, u32>) -> Option<UpstreamKey> {
+    let workload = *workloads.get(&key.netns_cookie)?;
+    Some(UpstreamKey { workload, address: SocketAddr::new(key.address.into(), key.port) })
 }
 
 /// Takes away the instances, so that no connection is led by these entries any more, and waits until SYNs that have left under them

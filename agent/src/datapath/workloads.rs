@@ -35,7 +35,6 @@ pub(super) struct Attached {
     /// By its name: an open descriptor would keep the namespace, and the veth in it, alive after its end.
     pub(super) netns: PathBuf,
     pub(super) cookie: u64,
-    pub(super) addresses: Vec<IpAddr>,
     searched: Option<Instant>,
 }
 
@@ -102,8 +101,7 @@ impl Datapath {
             .map_err(at("list its listening sockets"))?;
         entry.flags = ready;
         self.write_workload(&entry)?;
-        let addresses = [Some(IpAddr::V4(links.addr4)), links.addr6.map(IpAddr::V6)].into_iter().flatten().collect();
-        let attached = Attached { netns: links.netns.clone(), cookie, addresses, searched: None };
+        let attached = Attached { netns: links.netns.clone(), cookie, searched: None };
         self.workloads.lock().insert(links.id, attached);
         Ok(cookie)
     }
@@ -174,7 +172,7 @@ impl Datapath {
 
 /// Tables of workloads.
 impl Datapath {
-    fn workload_entries(&self) -> Result<Vec<Workload>, TableError> {
+    pub(super) fn workload_entries(&self) -> Result<Vec<Workload>, TableError> {
         let entries = self.kernel.workload_if.iter().map(|entry| entry.map(|(_, workload)| workload));
         entries.collect::<Result<_, _>>().map_err(|source| TableError { table: "WORKLOAD_IF", source })
     }
@@ -207,7 +205,7 @@ impl Datapath {
 
     /// Removes ports, sockets, entries and authorisations of a workload.
     fn forget_traffic(&mut self, id: u32) -> Result<(), TableError> {
-        let cookie = self.workloads.lock().get(&id).map(|workload| workload.cookie);
+        let cookie = self.cookies()?.get(&id).copied();
         let kernel = &mut self.kernel;
         let table = |table| move |source| TableError { table, source };
         if let Some(cookie) = cookie {
@@ -222,6 +220,12 @@ impl Datapath {
         remove_if(&mut kernel.ports, |key| key.workload == id).map_err(table("PORTS"))?;
         ignore_absent(kernel.quota.remove(&id)).map_err(table("QUOTA"))
     }
+}
+
+/// The addresses of a workload.
+pub(super) fn addresses(entry: &Workload) -> Vec<IpAddr> {
+    let v6 = (!entry.address6.is_unspecified()).then_some(entry.address6);
+    std::iter::once(entry.address4).chain(v6).map(IpAddr::from).collect()
 }
 
 /// Makes exactly `addresses` those of the workload that stands for all of them, [`SOME_WORKLOAD`].

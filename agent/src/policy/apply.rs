@@ -2,14 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-use culvert_control::{MeshInstance, MeshView};
-use culvert_types::decide;
-use tokio::sync::{Mutex, watch};
+use culvert_control::MeshView;
+use tokio::sync::{Mutex, Notify, watch};
 use tracing::{error, info, warn};
 
+use super::inherited::Inherited;
+use super::pairs::Pairs;
+use super::revocation::{Revoked, denied};
 use super::{AttachedWorkload, Pair, Route, RouteKey, compile};
 use crate::datapath::{Datapath, FlowEnds, Instance, PortKind, Upstream, UpstreamKey, WorkloadLinks};
 use crate::report::chain;
@@ -53,38 +56,49 @@ struct Inner {
     /// `None`: no eBPF on this node; every connection goes through the worker.
     datapath: Option<Datapath>,
     attached: BTreeMap<u32, Attached>,
-    /// Routes in force; `None` before the first were written: the tables may hold what an earlier agent left.
-    routes: Option<BTreeMap<RouteKey, Route>>,
+    /// Routes in force, and those of an earlier agent that stay; `None` when the tables may hold something else.
+    routes: Option<(BTreeMap<RouteKey, Route>, BTreeSet<UpstreamKey>)>,
+    inherited: Inherited,
+    pairs: Pairs,
     /// Ends whose connections are denied and have been ended.
     denied: BTreeSet<FlowEnds>,
+    revoked: Revoked,
     /// Where the inbound listener of a proxy belongs: workload and port.
     expected: BTreeMap<String, (u32, u16)>,
     /// Workloads of an earlier agent that are not attached again yet; programs of another layout go when it is empty.
     awaited: BTreeSet<u32>,
-    /// Numbers of pairs of services, as they come back in events of the kernel. Never reused while the agent runs.
-    pairs: Vec<Pair>,
 }
 
 /// Owns the kernel tables.
 pub struct PolicyEngine {
     inner: Mutex<Inner>,
     mesh: watch::Receiver<Arc<MeshView>>,
+    /// Rung when something has to be tried again.
+    again: Notify,
 }
 
 impl PolicyEngine {
-    /// An engine over `datapath`; without one it only remembers.
+    /// An engine over `datapath`, which remembers in `data_dir`; without one it only remembers.
     #[must_use]
-    pub fn new(datapath: Option<Datapath>, mesh: watch::Receiver<Arc<MeshView>>) -> Arc<Self> {
+    pub fn new(datapath: Option<Datapath>, mesh: watch::Receiver<Arc<MeshView>>, data_dir: &Path) -> Arc<Self> {
+        let found = datapath.as_ref().map(Datapath::upstreams).transpose().unwrap_or_else(|error| {
+            warn!(error = chain(&error), "routes of an earlier agent are not known; they go");
+            None
+        });
+        let found = found.unwrap_or_default();
+        let highest = found.values().map(|entry| entry.service).max().unwrap_or_default();
         let inner = Inner {
             datapath,
             attached: BTreeMap::new(),
             routes: None,
+            inherited: Inherited::new(&found, Instant::now()),
+            pairs: Pairs::load(data_dir, highest),
             denied: BTreeSet::new(),
+            revoked: Revoked::default(),
             expected: BTreeMap::new(),
             awaited: BTreeSet::new(),
-            pairs: Vec::new(),
         };
-        Arc::new(Self { inner: Mutex::new(inner), mesh })
+        Arc::new(Self { inner: Mutex::new(inner), mesh, again: Notify::new() })
     }
 
     /// Follows the mesh until its source ends.
@@ -96,6 +110,7 @@ impl PolicyEngine {
             let look_again = if settled { self.next_end().await } else { TRY_AGAIN };
             tokio::select! {
                 changed = mesh.changed() => if changed.is_err() { return },
+                () = self.again.notified() => {}
                 () = tokio::time::sleep(look_again) => {}
             }
         }
@@ -104,8 +119,10 @@ impl PolicyEngine {
     /// Until the first route in force expires.
     async fn next_end(&self) -> Duration {
         let inner = self.inner.lock().await;
-        let end = inner.routes.iter().flatten().map(|(_, route)| route.expires).min();
-        end.and_then(|end| end.duration_since(SystemTime::now()).ok()).map_or(LOOK_AGAIN, |rest| rest.min(LOOK_AGAIN))
+        let end = inner.routes.iter().flat_map(|(routes, _)| routes.values()).map(|route| route.expires).min();
+        let rest = end.and_then(|end| end.duration_since(SystemTime::now()).ok());
+        let inherited = inner.inherited.end().map(|end| end.saturating_duration_since(Instant::now()));
+        [rest, inherited].into_iter().flatten().fold(LOOK_AGAIN, Duration::min)
     }
 
     /// Puts a workload under the kernel programs. Idempotent.
@@ -114,13 +131,22 @@ impl PolicyEngine {
     /// In words. Without the programs a workload could take another's address, so it must not run then.
     pub async fn attach(&self, attachment: Attachment) -> Result<(), String> {
         let view = self.mesh.borrow().clone();
-        self.inner.lock().await.attach(attachment, &view)
+        let settled = self.inner.lock().await.attach(attachment, &view)?;
+        self.try_again_unless(settled);
+        Ok(())
     }
 
     /// Takes a workload out of the tables and its programs away.
     pub async fn detach(&self, id: u32) {
         let view = self.mesh.borrow().clone();
-        self.inner.lock().await.detach(id, &view);
+        let settled = self.inner.lock().await.detach(id, &view);
+        self.try_again_unless(settled);
+    }
+
+    fn try_again_unless(&self, settled: bool) {
+        if !settled {
+            self.again.notify_one();
+        }
     }
 
     /// The inbound listener of `proxy` will be on `port` of workload `id`.
@@ -135,7 +161,12 @@ impl PolicyEngine {
 
     /// The pair of services with this number, for events of the kernel.
     pub async fn pair(&self, number: u32) -> Option<Pair> {
-        self.inner.lock().await.pairs.get(usize::try_from(number).ok()?.checked_sub(1)?).cloned()
+        self.inner.lock().await.pairs.get(number).cloned()
+    }
+
+    /// The rule that ended a connection between `ends` that closed at `at`, if policy did end it.
+    pub async fn revoked(&self, ends: &FlowEnds, at: SystemTime) -> Option<String> {
+        self.inner.lock().await.revoked.rule(ends, at).map(str::to_owned)
     }
 
     /// Catalog IDs of the sidecars of a workload, for events of the kernel.
@@ -148,6 +179,7 @@ impl PolicyEngine {
     pub async fn retain(&self, live: &[u32]) {
         let mut inner = self.inner.lock().await;
         inner.awaited = live.iter().copied().collect();
+        inner.forget(|workload| live.contains(&workload));
         let Some(datapath) = &mut inner.datapath else { return };
         match datapath.retain(live) {
             Ok(gone) if gone.is_empty() => {}
@@ -164,7 +196,7 @@ impl PolicyEngine {
 
     /// Number of routes in force.
     pub async fn routes(&self) -> usize {
-        self.inner.lock().await.routes.as_ref().map_or(0, BTreeMap::len)
+        self.inner.lock().await.routes.as_ref().map_or(0, |(routes, inherited)| routes.len() + inherited.len())
     }
 
     /// Removes every program and table from the kernel: the agent leaves.
@@ -177,8 +209,9 @@ impl PolicyEngine {
 }
 
 impl Inner {
-    fn attach(&mut self, attachment: Attachment, view: &MeshView) -> Result<(), String> {
-        let Some(datapath) = &mut self.datapath else { return Ok(()) };
+    /// `Ok(false)` when something has to be tried again.
+    fn attach(&mut self, attachment: Attachment, view: &MeshView) -> Result<bool, String> {
+        let Some(datapath) = &mut self.datapath else { return Ok(true) };
         let id = attachment.id;
         let workload = &attachment.workload;
         let links = WorkloadLinks {
@@ -197,8 +230,9 @@ impl Inner {
         self.attached.insert(id, Attached { attachment, steered });
         self.awaited.remove(&id);
         self.finish_takeover();
-        self.reconcile(view);
-        Ok(())
+        // Those that could not be reached in its namespace before.
+        self.denied.retain(|ends| ends.source != id && ends.destination != id);
+        Ok(self.reconcile(view))
     }
 
     /// Once every workload is under this agent's programs, those of an earlier layout go.
@@ -213,17 +247,27 @@ impl Inner {
         }
     }
 
-    fn detach(&mut self, id: u32, view: &MeshView) {
+    /// What is known of workloads that are not `live`, no connection needs any more.
+    fn forget(&mut self, live: impl Fn(u32) -> bool + Copy) {
+        self.pairs.retain(live);
+        self.inherited.retain(live);
+        self.denied.retain(|ends| live(ends.source) && live(ends.destination));
+    }
+
+    /// `false` when something has to be tried again.
+    fn detach(&mut self, id: u32, view: &MeshView) -> bool {
         self.awaited.remove(&id);
         self.expected.retain(|_, (workload, _)| *workload != id);
         self.attached.remove(&id);
-        self.reconcile(view);
+        self.forget(|workload| workload != id);
+        let settled = self.reconcile(view);
         if let Some(datapath) = &mut self.datapath
             && let Err(error) = datapath.detach(id)
         {
             warn!(workload = id, error = chain(&error), "kernel programs of a workload are not all removed");
         }
         self.finish_takeover();
+        settled
     }
 
     fn steer(&mut self, proxy: &str, port: u16, listener: &OwnedFd) {
@@ -244,37 +288,62 @@ impl Inner {
     ///
     /// `false` when something has to be tried again.
     fn reconcile(&mut self, view: &MeshView) -> bool {
-        let Some(datapath) = &mut self.datapath else { return true };
-        let mut settled = true;
-        let workloads: Vec<AttachedWorkload> = self.attached.values().map(Attached::workload).collect();
-        let desired = compile(view, &workloads, SystemTime::now());
-        if self.routes.as_ref() != Some(&desired) {
-            let entries = entries(&desired, &mut self.pairs);
-            self.routes = match datapath.apply(&entries) {
-                Ok(_) => Some(desired),
-                Err(error) => {
-                    // Removals come first: what is in force is not more than what is allowed. What is denied is ended all the same.
-                    error!(error = chain(&error), "kernel routes are not up to date; trying again");
-                    settled = false;
-                    None
-                }
-            };
+        if self.datapath.is_none() {
+            return true;
         }
-        let denied = denied(view, &workloads);
-        // Also pairs that this agent sees for the first time: connections of its predecessor may live there.
-        let ends: BTreeSet<FlowEnds> = denied.difference(&self.denied).copied().collect();
-        if !ends.is_empty() {
-            match datapath.destroy_flows(&ends) {
-                Ok(0) => {}
-                Ok(count) => info!(count, "ended live direct connections that are denied now"),
-                Err(error) => {
-                    error!(error = chain(&error), "live direct connections are not all ended; trying again");
-                    return false;
-                }
+        let workloads: Vec<AttachedWorkload> = self.attached.values().map(Attached::workload).collect();
+        let applied = self.apply(view, compile(view, &workloads, SystemTime::now()));
+        let denied = denied(view, &workloads, &self.pairs);
+        let ended = self.end(&denied);
+        // What is in force after a failure may open connections until it is put right: they are ended then.
+        self.denied = if applied && ended { denied.into_keys().collect() } else { BTreeSet::new() };
+        applied && ended
+    }
+
+    fn apply(&mut self, view: &MeshView, mut routes: BTreeMap<RouteKey, Route>) -> bool {
+        let Some(datapath) = &mut self.datapath else { return true };
+        let remembered = self.pairs.remember(&routes);
+        if let Err(error) = &remembered {
+            error!(error = chain(error), "new kernel routes cannot be written down, and are left out; trying again");
+            routes.retain(|key, route| self.pairs.covers(key, route).is_some());
+        }
+        self.pairs.note_rules(view);
+        let kept = self.inherited.settle(view, &self.pairs, &routes, Instant::now());
+        let target = Some((routes, kept));
+        if self.routes == target {
+            return remembered.is_ok();
+        }
+        self.routes = target.filter(|(routes, kept)| {
+            let applied = datapath.apply_beside(&entries(routes, &self.pairs), kept);
+            // Removals come first: what is in force is not more than what is allowed.
+            applied
+                .inspect_err(|error| error!(error = chain(error), "kernel routes are not up to date; trying again"))
+                .is_ok()
+        });
+        remembered.is_ok() && self.routes.is_some()
+    }
+
+    /// Ends live connections that are `denied` and were not, or were perhaps not ended.
+    fn end(&mut self, denied: &BTreeMap<FlowEnds, String>) -> bool {
+        let Some(datapath) = &self.datapath else { return true };
+        let new: BTreeMap<_, _> = denied.iter().filter(|(ends, _)| !self.denied.contains(ends)).collect();
+        if new.is_empty() {
+            return true;
+        }
+        let (from, ends) = (SystemTime::now(), new.keys().map(|ends| **ends).collect());
+        let destroyed = datapath.destroy_flows(&ends);
+        self.revoked.note(new, from, SystemTime::now());
+        match destroyed {
+            Ok(0) => true,
+            Ok(count) => {
+                info!(count, "ended live direct connections that are denied now");
+                true
+            }
+            Err(error) => {
+                error!(error = chain(&error), "live direct connections are not all ended; trying again");
+                false
             }
         }
-        self.denied = denied;
-        settled
     }
 }
 
@@ -290,54 +359,19 @@ impl Attached {
     }
 }
 
-/// The kernel's form of `routes`.
-fn entries(routes: &BTreeMap<RouteKey, Route>, pairs: &mut Vec<Pair>) -> BTreeMap<UpstreamKey, Upstream> {
+/// The kernel's form of `routes`; those that are not written down are left out.
+fn entries(routes: &BTreeMap<RouteKey, Route>, pairs: &Pairs) -> BTreeMap<UpstreamKey, Upstream> {
     let mut entries = BTreeMap::new();
-    for ((workload, bind), route) in routes {
+    for (key, route) in routes {
+        let Some(service) = pairs.covers(key, route) else { continue };
         let instances = route.instances.iter().map(|instance| Instance {
             workload: instance.workload,
             addr4: instance.address4,
             addr6: instance.address6,
             port: instance.port,
         });
-        let key = UpstreamKey { workload: *workload, address: *bind };
-        let (service, instances) = (number(pairs, route), instances.collect());
-        entries.insert(key, Upstream { service, instances, not_after: Some(route.expires) });
+        let upstream = Upstream { service, instances: instances.collect(), not_after: Some(route.expires) };
+        entries.insert(UpstreamKey { workload: key.0, address: key.1 }, upstream);
     }
     entries
-}
-
-/// The number of the route's pair; the rule that is told with it is the one in force.
-fn number(pairs: &mut Vec<Pair>, route: &Route) -> u32 {
-    let same = |pair: &Pair| pair.source == route.source && pair.destination == route.destination;
-    let index = pairs.iter().position(same).unwrap_or_else(|| {
-        let (source, destination) = (route.source.clone(), route.destination.clone());
-        pairs.push(Pair { source, destination, rule: String::new() });
-        pairs.len() - 1
-    });
-    pairs[index].rule.clone_from(&route.rule);
-    u32::try_from(index + 1).unwrap_or(u32::MAX)
-}
-
-/// Ends between which upstreams are declared and which policy denies now. Health, encryption and expiry move new
-/// connections only; they end none.
-fn denied(view: &MeshView, workloads: &[AttachedWorkload]) -> BTreeSet<FlowEnds> {
-    let home = |instance: &MeshInstance| {
-        workloads.iter().find(|workload| workload.sidecars.contains(&instance.sidecar_id)).map(|workload| workload.id)
-    };
-    let mut denied = BTreeSet::new();
-    for source in view.instances.iter() {
-        let Some(caller) = home(source) else { continue };
-        for upstream in &source.upstreams {
-            let decision = decide(view.intentions.iter(), &source.service, &upstream.destination, view.default_action);
-            if decision.allowed() {
-                continue;
-            }
-            let called = view.instances.iter().filter(|instance| instance.service == upstream.destination);
-            denied.extend(called.filter_map(|instance| {
-                Some(FlowEnds { source: caller, destination: home(instance)?, port: instance.local_port })
-            }));
-        }
-    }
-    denied
 }

@@ -11,7 +11,7 @@ use culvert_types::{
 use tokio::sync::{mpsc, watch};
 
 use super::{Pair, PolicyEngine};
-use crate::datapath::{DirectConnection, DroppedPacket, KernelEvent};
+use crate::datapath::{DirectConnection, DroppedPacket, FlowEnds, KernelEvent};
 use crate::events::EventHub;
 
 /// Tells `hub` everything the kernel reports, until the kernel's side ends.
@@ -58,6 +58,7 @@ impl Relay<'_> {
     /// Both ends are here: each side is told once, as on the proxied path.
     async fn connection(&self, connection: &DirectConnection, kind: ConnectionKind, ended: Ended) {
         let Some(pair) = self.policy.pair(connection.service).await else { return };
+        let revoked = if kind == ConnectionKind::Close { self.revoked(connection).await } else { None };
         for (inbound, workload, peer) in [
             (false, connection.source, connection.flow.destination),
             (true, connection.destination, connection.flow.source),
@@ -71,7 +72,7 @@ impl Relay<'_> {
                 reporter: self.reporter(workload, service).await,
                 ..self.event(connection.at, kind, Some(&pair), inbound, peer)
             };
-            self.hub.publish(service.as_str(), event);
+            self.hub.publish(service.as_str(), told(event, revoked.as_ref()));
         }
     }
 
@@ -84,7 +85,14 @@ impl Relay<'_> {
             reporter: self.reporter(connection.source, &pair.source).await,
             ..self.event(connection.at, ConnectionKind::Refuse, Some(&pair), false, connection.flow.destination)
         };
-        self.hub.publish(pair.source.as_str(), event);
+        self.hub.publish(pair.source.as_str(), told(event, self.revoked(connection).await.as_ref()));
+    }
+
+    /// The rule that ended a connection, if policy did.
+    async fn revoked(&self, connection: &DirectConnection) -> Option<String> {
+        let port = connection.flow.destination.port();
+        let ends = FlowEnds { source: connection.source, destination: connection.destination, port };
+        self.policy.revoked(&ends, connection.at).await
     }
 
     /// A packet without leave: who sent it is known only by its workload, if at all.
@@ -155,4 +163,11 @@ impl Relay<'_> {
         let instance = self.view.instances.iter().find(|instance| sidecars.contains(&instance.sidecar_id))?;
         Some(instance.service.clone())
     }
+}
+
+/// `event`, as it is told when a rule has ended its connection.
+fn told(event: ConnectionEvent, revoked: Option<&String>) -> ConnectionEvent {
+    let Some(rule) = revoked.cloned() else { return event };
+    let (reason, detail) = (Some(RefusalReason::Revoked), Some(rule.clone()));
+    ConnectionEvent { verdict: Verdict::Deny, reason, rule: Some(rule), detail, ..event }
 }

@@ -1,11 +1,14 @@
 //! Compiles policy into what the kernel may connect directly.
 //!
-//! Pure: from the mesh as the control plane sees it and the workloads of this node to the set of [`Route`]s. A route is there
+//! [`compile`] is pure: from the mesh as the control plane sees it and the workloads of this node to the set of [`Route`]s. A route is there
 //! only while *everything* holds: same node, both ends `between-nodes`, intention allows, both certificates valid, a passing
 //! instance whose workload is attached. What is missing goes through the worker: a missing entry never means "allow".
 
 mod apply;
+mod inherited;
 mod kernel_events;
+mod pairs;
+mod revocation;
 #[cfg(test)]
 mod tests;
 
@@ -18,6 +21,7 @@ use culvert_types::{Encryption, HealthStatus, ServiceName, decide};
 
 pub use apply::{Attachment, PolicyEngine};
 pub use kernel_events::relay;
+pub use pairs::Pair;
 
 /// A workload whose kernel programs are all in place.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -58,17 +62,6 @@ pub struct Route {
     pub instances: Vec<RouteInstance>,
     /// End of the first certificate to expire: the route is void from then on.
     pub expires: SystemTime,
-}
-
-/// Two services between which direct connections are let through.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Pair {
-    /// Who calls.
-    pub source: ServiceName,
-    /// Who is called.
-    pub destination: ServiceName,
-    /// The rule that allows it.
-    pub rule: String,
 }
 
 /// Where an application connects to: its workload and the loopback address.

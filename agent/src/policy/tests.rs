@@ -10,11 +10,11 @@ use super::*;
 
 const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
-fn name(text: &str) -> ServiceName {
+pub(super) fn name(text: &str) -> ServiceName {
     ServiceName::new(text).expect("valid name")
 }
 
-fn instance(service: &str, upstreams: &[&str]) -> MeshInstance {
+pub(super) fn instance(service: &str, upstreams: &[&str]) -> MeshInstance {
     let upstream = |(index, destination): (usize, &&str)| MeshUpstream {
         destination: name(destination),
         bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 8080 + u16::try_from(index).expect("few upstreams"))),
@@ -34,7 +34,7 @@ fn instance(service: &str, upstreams: &[&str]) -> MeshInstance {
     }
 }
 
-fn workload(id: u32, service: &str) -> AttachedWorkload {
+pub(super) fn workload(id: u32, service: &str) -> AttachedWorkload {
     AttachedWorkload {
         id,
         address4: Ipv4Addr::new(172, 26, 64, u8::try_from(id).expect("few workloads")),
@@ -43,7 +43,7 @@ fn workload(id: u32, service: &str) -> AttachedWorkload {
     }
 }
 
-fn view(default_action: Action, intentions: Vec<Intention>, instances: Vec<MeshInstance>) -> MeshView {
+pub(super) fn view(default_action: Action, intentions: Vec<Intention>, instances: Vec<MeshInstance>) -> MeshView {
     MeshView {
         revision: Revision(1),
         trust_domain: TrustDomain::new("td.consul").expect("valid"),
@@ -56,7 +56,7 @@ fn view(default_action: Action, intentions: Vec<Intention>, instances: Vec<MeshI
     }
 }
 
-fn pair() -> (Vec<MeshInstance>, Vec<AttachedWorkload>) {
+pub(super) fn pair() -> (Vec<MeshInstance>, Vec<AttachedWorkload>) {
     (vec![instance("web", &["api"]), instance("api", &[])], vec![workload(1, "web"), workload(2, "api")])
 }
 

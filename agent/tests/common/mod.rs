@@ -39,7 +39,7 @@ pub struct World {
     former_cgroup: PathBuf,
     host: File,
     workloads: Vec<String>,
-    runtime: Option<tokio::runtime::Runtime>,
+    pub runtime: Option<tokio::runtime::Runtime>,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -89,10 +89,17 @@ impl World {
         }
         fs::create_dir_all(&world.cgroup).expect("a cgroup");
         join_cgroup(&world.cgroup);
-        world.runtime = Some(
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime"),
-        );
+        world.restart_runtime();
         Some(world)
+    }
+
+    /// Ends every task of the world, as the end of a process does.
+    pub fn restart_runtime(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_timeout(PATIENCE);
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        self.runtime = Some(runtime.expect("a runtime"));
     }
 
     /// Configuration of the datapath in this world.
