@@ -32,7 +32,7 @@ pub struct Upstream {
     /// The destination service, a number of the caller's choice that comes back in events. Another number is another pair: live
     /// connections of the former one are no longer allowed.
     pub service: u32,
-    /// Passing instances on this node; those beyond [`MAX_INSTANCES`] are not used.
+    /// Passing instances on this node; of more than [`MAX_INSTANCES`] the rest is not used.
     pub instances: Vec<Instance>,
     /// The entry is void from then on, even if nobody removes it: the end of the earlier of both certificates.
     pub not_after: Option<SystemTime>,
@@ -140,7 +140,7 @@ pub(super) fn apply(
     cookies: &BTreeMap<u32, u64>,
     fresh_epoch: u64,
 ) -> Result<Applied, MapError> {
-    let desired: std::collections::HashMap<raw::UpstreamKey, &Upstream> = desired
+    let mut desired: std::collections::HashMap<raw::UpstreamKey, &Upstream> = desired
         .iter()
         .filter(|(_, wanted)| !wanted.instances.is_empty())
         .filter_map(|(key, wanted)| Some((raw_key(*cookies.get(&key.workload)?, key.address), wanted)))
@@ -162,21 +162,18 @@ pub(super) fn apply(
             applied.removed.push(Removed { key, upstream: Upstream::from_raw(&entry) });
         }
     }
-    let kept: std::collections::HashMap<_, _> = kept.into_iter().collect();
-    for (key, wanted) in desired {
-        match kept.get(&key) {
-            None => {
-                table.insert(key, wanted.to_raw(fresh_epoch), 0)?;
-                applied.added += 1;
-            }
-            Some(entry) => {
-                let new = wanted.to_raw(entry.epoch);
-                if !same(entry, &new) {
-                    table.insert(key, new, 0)?;
-                    applied.changed += 1;
-                }
-            }
+    // What is there comes before what is new: a full table must not keep it from being brought up to date.
+    for (key, entry) in &kept {
+        let Some(wanted) = desired.remove(key) else { continue };
+        let new = wanted.to_raw(entry.epoch);
+        if !same(entry, &new) {
+            table.insert(key, new, 0)?;
+            applied.changed += 1;
         }
+    }
+    for (key, wanted) in desired {
+        table.insert(key, wanted.to_raw(fresh_epoch), 0)?;
+        applied.added += 1;
     }
     Ok(applied)
 }

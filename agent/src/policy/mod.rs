@@ -17,6 +17,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::SystemTime;
 
 use culvert_control::{MeshInstance, MeshView};
+use culvert_ebpf_common::MAX_INSTANCES;
 use culvert_types::{Encryption, HealthStatus, ServiceName, decide};
 
 pub use apply::{Attachment, PolicyEngine};
@@ -58,7 +59,7 @@ pub struct Route {
     pub destination: ServiceName,
     /// The rule that allows it, for events.
     pub rule: String,
-    /// Where it may go; never empty.
+    /// Where it may go: at least one, at most [`MAX_INSTANCES`].
     pub instances: Vec<RouteInstance>,
     /// End of the first certificate to expire: the route is void from then on.
     pub expires: SystemTime,
@@ -128,7 +129,8 @@ fn route(
     }
     instances.sort_unstable();
     let (source, destination, rule) = (source.service.clone(), destination.clone(), decision.by.to_string());
-    (!instances.is_empty()).then_some(Route { source, destination, rule, instances, expires })
+    // Among more instances than an entry holds, the worker balances: the rest would starve.
+    (1..=MAX_INSTANCES).contains(&instances.len()).then_some(Route { source, destination, rule, instances, expires })
 }
 
 /// End of the instance's certificate, if it has one that is valid at `now`.

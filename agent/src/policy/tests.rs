@@ -104,6 +104,21 @@ fn one_instance_that_wants_encryption_decides_for_the_service() {
 }
 
 #[test]
+fn more_instances_than_an_entry_holds_are_the_workers() {
+    let (mut instances, mut workloads) = (vec![instance("web", &["api"])], vec![workload(1, "web")]);
+    for id in 2..=18 {
+        let mut called = instance("api", &[]);
+        called.sidecar_id = format!("api-{id}");
+        instances.push(called);
+        workloads.push(AttachedWorkload { sidecars: vec![format!("api-{id}")], ..workload(id, "api") });
+    }
+    assert!(compile(&view(Action::Allow, vec![], instances.clone()), &workloads, NOW).is_empty());
+    instances[5].health = HealthStatus::Critical;
+    let routes = compile(&view(Action::Allow, vec![], instances), &workloads, NOW);
+    assert_eq!(routes.values().map(|route| route.instances.len()).collect::<Vec<_>>(), [MAX_INSTANCES; 2]);
+}
+
+#[test]
 fn the_first_certificate_to_expire_ends_the_route() {
     let (mut instances, workloads) = pair();
     let end = NOW + Duration::from_secs(5);
