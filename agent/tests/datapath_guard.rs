@@ -285,6 +285,53 @@ fn what_would_open_a_guarded_port_does_not_enter() {
 }
 
 #[test]
+fn fragments_options_and_tags_are_judged_by_what_they_carry() {
+    let Some(mut programs) = Programs::load("fragments") else { return };
+    let key = PortKey { workload: 1, port: 9001, reserved: 0 };
+    programs.table::<PortKey, PortRule>(map::PORTS).insert(key, PortRule { kind: PORT_PROTECTED }, 0).expect("written");
+    const MORE: u16 = 0x2000;
+    let part = |fragment, protocol, payload: &[u8]| ipv4(OTHER_MAC, OTHER4, ADDR4, protocol, fragment, payload);
+    let part6 = |fragment: u16, next: u8, payload: &[u8]| {
+        let [high, low] = fragment.to_be_bytes();
+        ipv6(OTHER_MAC, OTHER6, ADDR6, 44, &[&[next, 0, high, low, 0, 0, 0, 7], payload].concat())
+    };
+    let with_options = |port| {
+        let mut frame = ipv4(OTHER_MAC, OTHER4, ADDR4, 6, 0, &[&[1, 1, 1, 0], &*tcp(port, SYN)].concat());
+        frame[14] = 0x46;
+        frame
+    };
+    let tagged = |mut frame: Vec<u8>| {
+        frame.splice(12..12, [0x81, 0, 0, 7]);
+        frame
+    };
+    for (frame, enters, what) in [
+        (part(MORE, 6, &tcp(9001, SYN)), false, "a SYN in a first fragment"),
+        (part(MORE, 6, &tcp(80, SYN)), true, "the same to a port without a rule"),
+        (part(MORE, 6, &tcp(9001, ACK)), true, "a first fragment that opens nothing"),
+        (part(MORE, 6, &tcp(9001, SYN)[..8]), false, "a first fragment too small for its flags"),
+        (part(MORE, 6, &tcp(9001, ACK)[..8]), false, "whatever they are"),
+        (part(MORE, 6, &[]), false, "a first fragment without ports"),
+        (part(MORE | 1, 6, &tcp(9001, SYN)[8..]), true, "a later fragment, whose first one was judged"),
+        (part(MORE, 17, &udp(9001)), false, "a datagram in a first fragment"),
+        (part(MORE, 17, &udp(9001)[..2]), false, "a datagram too small for its ports"),
+        (part(185, 17, &[0; 8]), true, "a datagram's last fragment"),
+        (part6(1, 6, &tcp(9001, SYN)), false, "a SYN in a first fragment over IPv6"),
+        (part6(1, 6, &tcp(80, SYN)), true, "the same to a port without a rule"),
+        (part6(0, 6, &tcp(9001, SYN)), false, "a SYN in the only fragment"),
+        (part6(1, 6, &tcp(9001, SYN)[..8]), false, "a first fragment too small for its flags over IPv6"),
+        (part6(8 | 1, 6, &tcp(9001, SYN)[8..]), true, "a later fragment over IPv6"),
+        (part6(1, 17, &udp(9001)), false, "a datagram in a first fragment over IPv6"),
+        (part6(1, 60, &[&[6, 0, 1, 4, 0, 0, 0, 0], &*tcp(9001, SYN)].concat()), false, "with a header after that"),
+        (with_options(9001), false, "a SYN behind IPv4 options"),
+        (with_options(80), true, "the same to a port without a rule"),
+        (tagged(part(0, 6, &tcp(80, SYN))), false, "a VLAN tag"),
+        (tagged(part6(0, 6, &tcp(80, ACK))), false, "a VLAN tag over IPv6"),
+    ] {
+        assert_eq!(programs.enters(&frame), enters, "{what}");
+    }
+}
+
+#[test]
 fn leave_lets_exactly_its_own_syn_enter() {
     let Some(mut programs) = Programs::load("leave_lets") else { return };
     let key = PortKey { workload: 1, port: 9001, reserved: 0 };
