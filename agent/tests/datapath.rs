@@ -8,9 +8,11 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket
 use std::time::{Duration, SystemTime};
 
 use common::{
-    APP, PATIENCE, Pair, TestWorkload, UPSTREAM, World, echo, eventually, greeting, upstream, upstream4, upstream6,
+    APP, PATIENCE, Pair, TestWorkload, UPSTREAM, World, echo, eventually, greeting, table, upstream, upstream4,
+    upstream6,
 };
 use culvert_agent::datapath::{KernelEvent, PortKind};
+use culvert_ebpf_common::{PortKey, PortRule, map};
 use nix::sys::socket::{MsgFlags, SockaddrIn, sendto};
 use socket2::{Domain, Socket, Type};
 
@@ -155,20 +157,26 @@ fn equal_loopback_tuples_in_two_workloads_do_not_meet() {
 #[test]
 fn a_socket_bound_to_loopback_or_to_a_device_is_left_to_the_proxy() {
     let Some(pair) = Pair::new("bound") else { return };
-    let (_proxy, server) = (pair.proxy(), pair.b.serve("127.0.0.1:9001", "b"));
-    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let mut stream =
-        connect_with(&pair.a, Domain::IPV4, upstream4(), |socket| socket.bind(&loopback.into())).expect("proxied");
-    assert_eq!(greeting(&mut stream), "proxy");
-    let mut stream =
-        connect_with(&pair.a, Domain::IPV4, upstream4(), |socket| socket.bind_device(Some(b"lo"))).expect("proxied");
-    assert_eq!(greeting(&mut stream), "proxy");
-    assert_eq!(server.accepted(), 0);
-
-    let own = SocketAddr::from((pair.a.addr4, 0));
-    let mut stream =
-        connect_with(&pair.a, Domain::IPV4, upstream4(), |socket| socket.bind(&own.into())).expect("direct");
-    assert_eq!(greeting(&mut stream), "b", "its own address does no harm");
+    let (_proxy, server) = (pair.proxy(), pair.b.serve("[::]:9001", "b"));
+    let _proxy6 = pair.a.serve("[::1]:8080", "proxy");
+    let mapped = |address: Ipv4Addr, port| SocketAddr::from((address.to_ipv6_mapped(), port));
+    let (loopback, own) = (Ipv4Addr::LOCALHOST, pair.a.addr4);
+    // Each with the loopback address of its kind, and with the workload's own.
+    for (domain, upstream, loopback, own) in [
+        (Domain::IPV4, upstream4(), SocketAddr::from((loopback, 0)), SocketAddr::from((own, 0))),
+        (Domain::IPV6, upstream6(), (Ipv6Addr::LOCALHOST, 0).into(), (pair.a.addr6, 0).into()),
+        (Domain::IPV6, mapped(loopback, UPSTREAM), mapped(loopback, 0), mapped(own, 0)),
+    ] {
+        let before = server.accepted();
+        let way = |prepare: &(dyn Fn(&Socket) -> io::Result<()> + Sync)| {
+            let mut stream = connect_with(&pair.a, domain, upstream, prepare).expect("either way");
+            greeting(&mut stream)
+        };
+        assert_eq!(way(&|socket| socket.bind(&loopback.into())), "proxy", "{loopback}");
+        assert_eq!(way(&|socket| socket.bind_device(Some(b"lo"))), "proxy", "{upstream}");
+        assert_eq!(server.accepted(), before);
+        assert_eq!(way(&|socket| socket.bind(&own.into())), "b", "its own address does no harm: {own}");
+    }
 }
 
 #[test]
@@ -204,13 +212,13 @@ fn a_socket_that_was_led_astray_once_can_connect_elsewhere() {
         let first = socket.connect_timeout(&upstream4().into(), Duration::from_millis(300));
         // The same socket, taken back and sent somewhere else.
         let elsewhere = TcpListener::bind("127.0.0.1:7000").expect("a port");
-        socket.shutdown(std::net::Shutdown::Both).ok();
+        rustix::net::connect_unspec(&socket).expect("taken back");
         socket.set_nonblocking(false).expect("a flag");
-        socket.connect(&elsewhere.local_addr().expect("an address").into()).ok();
-        (first, socket.peer_addr().ok().and_then(|address| address.as_socket()))
+        socket.connect(&elsewhere.local_addr().expect("an address").into()).expect("connected");
+        (first, socket.peer_addr().expect("a peer").as_socket())
     });
     assert!(first.is_err());
-    assert!(peer.is_none_or(|peer| peer == SocketAddr::from((Ipv4Addr::LOCALHOST, 7000))), "{peer:?}");
+    assert_eq!(peer, Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 7000))));
     drop(listener);
 }
 
@@ -232,6 +240,60 @@ fn every_listening_instance_gets_its_share_and_a_silent_one_none() {
     assert_eq!(one.accepted() + two.accepted(), 60);
     // Chance: less than one in 10⁹ that a fair choice leaves one of them below five.
     assert!(one.accepted() >= 5 && two.accepted() >= 5, "{} and {}", one.accepted(), two.accepted());
+}
+
+#[test]
+fn a_full_table_keeps_nothing_from_being_brought_up_to_date() {
+    let Some(mut pair) = Pair::new("full") else { return };
+    let c = pair.world.workload(3);
+    pair.datapath.attach(&c.links()).expect("attached");
+    let (_proxy, _server) = (pair.proxy(), pair.b.serve("0.0.0.0:9001", "b"));
+    let way = |pair: &Pair| greeting(&mut pair.a.connect(upstream4()).expect("either way"));
+    let mut desired = pair.desired();
+    let address = |number: u32| Ipv4Addr::from_bits(Ipv4Addr::LOCALHOST.to_bits() + 1 + number);
+    desired.extend((0..16_384).map(|number| upstream(&pair.a, (address(number), 1), &[pair.b.instance(APP)])));
+    pair.datapath.apply(&desired).expect_err("more than there is room for");
+    assert_eq!(way(&pair), "b", "what was there stays");
+    // Its instance is another one now, which does not listen.
+    desired.extend([upstream(&pair.a, upstream4(), &[c.instance(APP)])]);
+    pair.datapath.apply(&desired).expect_err("still more than there is room for");
+    assert_eq!(way(&pair), "proxy");
+    pair.datapath.apply(&pair.desired()).expect("room again");
+    assert_eq!(way(&pair), "b");
+
+    let mut ports = table::<PortKey, PortRule>(&pair.world, map::PORTS);
+    let others = (0..=u32::MAX).map(|workload| PortKey { workload: 1000 + workload, port: 1, reserved: 0 });
+    for key in others {
+        if ports.insert(key, PortRule { kind: 1 }, 0).is_err() {
+            break;
+        }
+    }
+    let guarded = [(APP, PortKind::Protected), (APP + 1, PortKind::Protected)];
+    pair.datapath.set_ports(pair.b.id, &guarded).expect_err("a port that is not guarded is told");
+    assert_eq!(way(&pair), "b", "what was guarded stays guarded");
+    pair.a.connect((pair.b.addr4, APP)).expect_err("what was guarded stays guarded");
+}
+
+#[test]
+fn a_workload_cannot_fill_the_table_of_listeners() {
+    let Some(mut pair) = Pair::new("listeners") else { return };
+    let known = |pair: &Pair| {
+        let pin = common::generations(&pair.world).pop().expect("a generation").join("maps").join(map::LISTENERS);
+        let map = aya::maps::Map::SockHash(aya::maps::MapData::from_pin(pin).expect("a pinned map"));
+        let map: aya::maps::SockHash<_, culvert_ebpf_common::ListenerKey> = map.try_into().expect("its type");
+        let ports: Vec<u16> = map.keys().map(|key| key.expect("a key").port).collect();
+        ports
+    };
+    let _any = pair.b.run(|| [(); 50].map(|()| TcpListener::bind("0.0.0.0:0").expect("a port")));
+    assert_eq!(known(&pair), [] as [u16; 0]);
+    let _later = pair.b.serve("0.0.0.0:9002", "later");
+    let _server = pair.b.serve("0.0.0.0:9001", "b");
+    assert_eq!(known(&pair), [APP]);
+    // A port that becomes one of the mesh while somebody listens.
+    pair.datapath.set_ports(pair.b.id, &[(APP, PortKind::Protected), (9002, PortKind::Protected)]).expect("ports");
+    let mut ports = known(&pair);
+    ports.sort_unstable();
+    assert_eq!(ports, [APP, 9002]);
 }
 
 #[test]

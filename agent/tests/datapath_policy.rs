@@ -3,7 +3,7 @@
 mod common;
 
 use std::io::{ErrorKind, Read as _};
-use std::net::TcpStream;
+use std::net::{TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -277,6 +277,21 @@ fn what_could_not_be_put_in_force_is_tried_again_soon() {
     std::fs::create_dir(&path).expect("a directory");
     // Without another change; the engine looks again by itself only once a minute.
     eventually("direct", || node.way(UPSTREAM) == "api");
+}
+
+#[test]
+fn a_packet_with_anothers_address_is_told_also_from_outside_the_mesh() {
+    let Some(mut world) = World::new("policyspoof") else { return };
+    let workloads = (1..=3).map(|id| world.workload(id)).collect();
+    let data_dir = tempfile::tempdir().expect("a directory");
+    let mut node = Node::start(world, workloads, data_dir, view(Vec::new(), &[]));
+    node.attach(&[1]);
+    let liar = node.workload(1);
+    liar.ip("addr add 10.77.0.250/24 dev eth0");
+    liar.run(|| UdpSocket::bind("10.77.0.250:0").and_then(|socket| socket.send_to(b"x", "10.77.0.1:9"))).expect("sent");
+    let event = node.told(ConnectionKind::Refuse);
+    assert_eq!((event.verdict, event.reason), (Verdict::Deny, Some(RefusalReason::Spoofed)));
+    assert_eq!((&event.source, event.reporter.as_str()), (&None, ""));
 }
 
 #[test]

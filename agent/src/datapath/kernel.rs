@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError, RingBuf, SockHash};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockHash};
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned};
 use culvert_ebpf_common::{
@@ -39,6 +39,7 @@ pub(super) struct Kernel {
     pub(super) ports: HashMap<MapData, PortKey, PortRule>,
     pub(super) quota: HashMap<MapData, u32, Quota>,
     pub(super) settings: Array<MapData, Settings>,
+    pub(super) lost: PerCpuArray<MapData, u64>,
 }
 
 impl Kernel {
@@ -67,9 +68,15 @@ impl Kernel {
             ports: typed(&mut ebpf, map::PORTS)?,
             quota: typed(&mut ebpf, map::QUOTA)?,
             settings: typed(&mut ebpf, map::SETTINGS)?,
+            lost: typed(&mut ebpf, map::LOST)?,
             ebpf,
         };
         Ok((kernel, events))
+    }
+
+    /// Events that have ever found the ring full.
+    pub(super) fn lost(&self) -> u64 {
+        self.lost.get(&0, 0).map_or(0, |per_cpu| per_cpu.iter().sum())
     }
 
     /// The descriptor of a program.

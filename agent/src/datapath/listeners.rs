@@ -10,8 +10,8 @@ use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use aya::maps::{MapData, SockHash};
-use culvert_ebpf_common::{LISTENER_SLOTS, ListenerKey};
+use aya::maps::{HashMap as BpfHashMap, MapData, SockHash};
+use culvert_ebpf_common::{LISTENER_SLOTS, ListenerKey, PortKey, PortRule, is_application};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use tracing::debug;
 
@@ -21,18 +21,24 @@ use super::sock_diag::{SockDiag, States, TcpSocket};
 /// How deep cgroups are searched: `<allocation>/<task>`, and what a task makes below.
 const MAX_DEPTH: usize = 8;
 
-/// Puts the listening sockets of `workload` into the table, and returns how many.
+/// Puts the listening sockets of `workload` on ports of applications into the table, and returns how many.
 ///
 /// # Errors
 /// When the namespace cannot be asked. Processes that end meanwhile are no error.
 pub(super) fn adopt(
     table: &mut SockHash<MapData, ListenerKey>,
+    ports: &BpfHashMap<MapData, PortKey, PortRule>,
     workload: u32,
     netns: BorrowedFd<'_>,
     cgroup: &Path,
 ) -> io::Result<usize> {
     let listening = netns::enter(netns, || SockDiag::open()?.list(States::Listening))??;
-    let mut wanted: HashMap<u32, TcpSocket> = listening.into_iter().map(|socket| (socket.inode, socket)).collect();
+    let application = |socket: &TcpSocket| {
+        let key = PortKey { workload, port: socket.local_port, reserved: 0 };
+        ports.get(&key, 0).is_ok_and(|rule| is_application(rule.kind))
+    };
+    let mut wanted: HashMap<u32, TcpSocket> =
+        listening.into_iter().filter(application).map(|socket| (socket.inode, socket)).collect();
     if wanted.is_empty() {
         return Ok(0);
     }

@@ -71,6 +71,8 @@ pub struct Datapath {
     tc: TcMode,
     last_epoch: u64,
     lost_events: Arc<AtomicU64>,
+    /// What the kernel had counted when an earlier agent ended.
+    lost_before: u64,
     pump: AbortHandle,
 }
 
@@ -120,6 +122,7 @@ impl Datapath {
         let (sender, receiver) = mpsc::channel(EVENT_QUEUE);
         let search = workloads::listener_search(&generation, &config.cgroup, Arc::downgrade(&workloads));
         let pump = tokio::spawn(event::pump(ring, sender, Arc::clone(&lost_events), search)).abort_handle();
+        let lost_before = kernel.lost();
         let datapath = Self {
             kernel,
             cgroup: config.cgroup.clone(),
@@ -129,6 +132,7 @@ impl Datapath {
             tc,
             last_epoch: clock::boot(),
             lost_events,
+            lost_before,
             pump,
         };
         Ok((datapath, receiver))
@@ -266,10 +270,11 @@ impl Datapath {
         Generation::list(bpf_dir)?.iter().try_for_each(Generation::remove)
     }
 
-    /// Events that were left out because nobody took them in time.
+    /// Events that were left out since [`Self::load`] because nobody took them in time, in the kernel or here.
     #[must_use]
     pub fn lost_events(&self) -> u64 {
-        self.lost_events.load(Ordering::Relaxed)
+        let in_kernel = self.kernel.lost().saturating_sub(self.lost_before);
+        self.lost_events.load(Ordering::Relaxed) + in_kernel
     }
 
     /// How packets of workloads are guarded on this kernel.

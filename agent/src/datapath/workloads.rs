@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use aya::maps::{HashMap, MapData, MapError, SockHash};
+use aya::maps::{HashMap, Map, MapData, MapError, SockHash};
 use culvert_ebpf_common::{
     Address, FAMILY_V4, FAMILY_V6, ListenerKey, PortKey, PortRule, Quota, SOME_WORKLOAD, WORKLOAD_GUARDED,
-    WORKLOAD_LOOKUP, Workload,
+    WORKLOAD_LOOKUP, Workload, is_application, map,
 };
 use parking_lot::Mutex;
 use tokio::task::spawn_blocking;
@@ -97,8 +97,6 @@ impl Datapath {
             })
             .map_err(at("attach to its network namespace"))?;
 
-        listeners::adopt(&mut self.kernel.listeners, links.id, netns.as_fd(), &self.cgroup)
-            .map_err(at("list its listening sockets"))?;
         entry.flags = ready;
         self.write_workload(&entry)?;
         let attached = Attached { netns: links.netns.clone(), cookie, searched: None };
@@ -112,12 +110,31 @@ impl Datapath {
     /// [`TableError`]; ports are guarded before they are left alone, so a failure leaves too many guarded rather than too few.
     pub fn set_ports(&mut self, workload: u32, ports: &[(u16, PortKind)]) -> Result<(), TableError> {
         let table = |source| TableError { table: "PORTS", source };
+        let mut new = false;
         for &(port, kind) in ports {
-            let rule = PortRule { kind: kind.number() };
-            self.kernel.ports.insert(PortKey { workload, port, reserved: 0 }, rule, 0).map_err(table)?;
+            let (key, rule) = (PortKey { workload, port, reserved: 0 }, PortRule { kind: kind.number() });
+            let known = self.kernel.ports.get(&key, 0).is_ok_and(|rule| is_application(rule.kind));
+            new |= is_application(rule.kind) && !known;
+            self.kernel.ports.insert(key, rule, 0).map_err(table)?;
         }
         let stale = |key: &PortKey| key.workload == workload && !ports.iter().any(|(port, _)| *port == key.port);
-        remove_if(&mut self.kernel.ports, stale).map_err(table)
+        remove_if(&mut self.kernel.ports, stale).map_err(table)?;
+        if new {
+            self.adopt_listeners(workload);
+        }
+        Ok(())
+    }
+
+    /// Finds sockets that listened on the ports of applications before these were named. What is missed here is looked for when a
+    /// connection misses it.
+    fn adopt_listeners(&mut self, workload: u32) {
+        let netns = self.workloads.lock().get(&workload).map(Attached::open);
+        let Some(netns) = netns else { return };
+        let Kernel { listeners, ports, .. } = &mut self.kernel;
+        let adopted = netns.and_then(|netns| listeners::adopt(listeners, ports, workload, netns.as_fd(), &self.cgroup));
+        if let Err(error) = adopted {
+            warn!(workload, %error, "could not search for listening sockets");
+        }
     }
 
     /// Hands connections to a port of kind [`PortKind::Steered`] to `listener`, a listening socket made in the workload's
@@ -293,7 +310,7 @@ pub(super) fn listener_search(
     cgroup: &Path,
     workloads: Weak<Mutex<BTreeMap<u32, Attached>>>,
 ) -> impl FnMut(u32) + Send + use<> {
-    let pin = generation.map(culvert_ebpf_common::map::LISTENERS);
+    let pins = [map::LISTENERS, map::PORTS].map(|name| generation.map(name));
     let cgroup = cgroup.to_owned();
     move |id| {
         let Some(workloads) = workloads.upgrade() else { return };
@@ -306,12 +323,15 @@ pub(super) fn listener_search(
             workload.searched = Some(Instant::now());
             workload.open()
         };
-        let (pin, cgroup) = (pin.clone(), cgroup.clone());
+        let (pins, cgroup) = (pins.clone(), cgroup.clone());
         spawn_blocking(move || {
             let searched = netns.and_then(|netns| {
-                let map = MapData::from_pin(&pin).map_err(io::Error::other)?;
-                let mut table = SockHash::try_from(aya::maps::Map::SockHash(map)).map_err(io::Error::other)?;
-                listeners::adopt(&mut table, id, netns.as_fd(), &cgroup)
+                let [listeners, ports] = &pins;
+                let listeners = MapData::from_pin(listeners).map_err(io::Error::other)?;
+                let ports = MapData::from_pin(ports).map_err(io::Error::other)?;
+                let mut table = SockHash::try_from(Map::SockHash(listeners)).map_err(io::Error::other)?;
+                let ports = HashMap::try_from(Map::HashMap(ports)).map_err(io::Error::other)?;
+                listeners::adopt(&mut table, &ports, id, netns.as_fd(), &cgroup)
             });
             match searched {
                 Ok(count) => info!(workload = id, count, "searched for listening sockets"),

@@ -189,6 +189,11 @@ impl PolicyEngine {
         inner.finish_takeover();
     }
 
+    /// Events of the kernel that were left out since the start.
+    pub async fn lost_events(&self) -> u64 {
+        self.inner.lock().await.datapath.as_ref().map_or(0, Datapath::lost_events)
+    }
+
     /// Is the direct path available on this node?
     pub async fn active(&self) -> bool {
         self.inner.lock().await.datapath.is_some()

@@ -14,6 +14,9 @@ use super::{Pair, PolicyEngine};
 use crate::datapath::{DirectConnection, DroppedPacket, FlowEnds, KernelEvent};
 use crate::events::EventHub;
 
+/// How often lost events are counted.
+const LOOK_FOR_LOST: Duration = Duration::from_secs(5);
+
 /// Tells `hub` everything the kernel reports, until the kernel's side ends.
 pub async fn relay(
     mut events: mpsc::Receiver<KernelEvent>,
@@ -21,7 +24,19 @@ pub async fn relay(
     mesh: watch::Receiver<Arc<MeshView>>,
     hub: Arc<EventHub>,
 ) {
-    while let Some(event) = events.recv().await {
+    let mut told_lost = 0;
+    let mut look = tokio::time::interval(LOOK_FOR_LOST);
+    loop {
+        let event = tokio::select! {
+            event = events.recv() => event,
+            _ = look.tick() => {
+                let lost = policy.lost_events().await;
+                hub.lost(lost.saturating_sub(told_lost));
+                told_lost = lost;
+                continue;
+            }
+        };
+        let Some(event) = event else { return };
         let view = mesh.borrow().clone();
         let relay = Relay { policy: &policy, view: &view, hub: &hub };
         match event {
@@ -101,7 +116,11 @@ impl Relay<'_> {
         let destination = self.service_of(packet.destination).await;
         let inbound = reason != RefusalReason::Spoofed;
         let (workload, service) = if inbound { (packet.destination, &destination) } else { (packet.source, &source) };
-        let Some(service) = service else { return };
+        // A workload may be outside the mesh, and its packets are dropped all the same.
+        let (service, reporter) = match service {
+            Some(service) => (service.as_str(), self.reporter(workload.unwrap_or_default(), service).await),
+            None => ("", String::new()),
+        };
         let more =
             if packet.suppressed > 0 { format!(" ({} more not told)", packet.suppressed) } else { String::new() };
         let event = ConnectionEvent {
@@ -110,10 +129,10 @@ impl Relay<'_> {
             detail: Some(format!("packet {} -> {} dropped{more}", packet.flow.source, packet.flow.destination)),
             source: source.as_ref().map(|service| self.identity(service)),
             destination: destination.as_ref().map(|service| self.identity(service)),
-            reporter: self.reporter(workload.unwrap_or_default(), service).await,
+            reporter,
             ..self.event(packet.at, ConnectionKind::Refuse, None, inbound, packet.flow.source)
         };
-        self.hub.publish(service.as_str(), event);
+        self.hub.publish(service, event);
     }
 
     fn event(

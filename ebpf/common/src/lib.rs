@@ -52,9 +52,11 @@ pub mod map {
     pub const SETTINGS: &str = "SETTINGS";
     /// Ring buffer of [`crate::Event`].
     pub const EVENTS: &str = "EVENTS";
+    /// Index 0 → how many events found the ring full, per CPU.
+    pub const LOST: &str = "LOST";
 
     /// All of them.
-    pub const ALL: [&str; 12] = [
+    pub const ALL: [&str; 13] = [
         UPSTREAM,
         AUTH,
         LISTENERS,
@@ -67,5 +69,6 @@ pub mod map {
         QUOTA,
         SETTINGS,
         EVENTS,
+        LOST,
     ];
 }

@@ -2,7 +2,7 @@
 
 use crate::address::Address;
 
-/// Instances that one upstream entry holds; a service with more on one node has the rest reached through the worker.
+/// Instances that one upstream entry holds; a service with more on one node is reached through the worker, which balances among all.
 pub const MAX_INSTANCES: usize = 16;
 /// Listening sockets kept per workload, port and family: members of a `SO_REUSEPORT` group beyond the fourth are still
 /// served (the kernel balances within the group), but are not there to take over when the first four have closed.
@@ -222,6 +222,13 @@ pub const PORT_PROTECTED: u32 = 1;
 pub const PORT_PUBLISHED: u32 = 2;
 /// Connections go to the worker's listener.
 pub const PORT_STEERED: u32 = 3;
+
+/// Is a port of this kind one of an application of the mesh?
+#[inline(always)]
+#[must_use]
+pub const fn is_application(kind: u32) -> bool {
+    matches!(kind, PORT_PROTECTED | PORT_PUBLISHED)
+}
 
 /// Chosen by connect4/6, SYN not yet sent.
 pub const PHASE_CHOSEN: u32 = 1;

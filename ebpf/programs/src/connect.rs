@@ -6,8 +6,8 @@ use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bp
 use aya_ebpf::programs::SockAddrContext;
 use culvert_ebpf_common::event::PROTOCOL_TCP;
 use culvert_ebpf_common::{
-    Address, Connection, EventKind, FAMILY_V4, FAMILY_V6, FlowKey, Instance, MAX_INSTANCES, PHASE_CHOSEN,
-    PORT_PROTECTED, PORT_PUBLISHED, UpstreamKey, Workload,
+    Address, Connection, EventKind, FAMILY_V4, FAMILY_V6, FlowKey, Instance, MAX_INSTANCES, PHASE_CHOSEN, UpstreamKey,
+    Workload, is_application,
 };
 
 use crate::tables::{
@@ -145,7 +145,7 @@ fn choose(ctx: &SockAddrContext, asked: Address, bound: Address, family: u8) -> 
 fn reachable(source: &Workload, instance: &Instance, family: u8) -> Option<Address> {
     let address = if family == FAMILY_V4 { instance.address4 } else { instance.address6 };
     let workload = workload_by_address(&address)?;
-    let guarded = matches!(port_kind(instance.workload, instance.port), PORT_PROTECTED | PORT_PUBLISHED);
+    let guarded = is_application(port_kind(instance.workload, instance.port));
     if workload.id != instance.workload || !workload.ready() || !guarded {
         return None;
     }

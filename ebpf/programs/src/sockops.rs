@@ -12,10 +12,12 @@ use aya_ebpf::programs::SockOpsContext;
 use culvert_ebpf_common::account::state;
 use culvert_ebpf_common::{
     Address, Auth, ByteCounters, Connection, EventKind, FAMILY_V4, FAMILY_V6, FlowKey, LISTENER_SLOTS, ListenerKey,
-    PHASE_CHOSEN, PHASE_CONNECTING, PHASE_ESTABLISHED, payload_bytes,
+    PHASE_CHOSEN, PHASE_CONNECTING, PHASE_ESTABLISHED, is_application, payload_bytes,
 };
 
-use crate::tables::{AUTH, LISTENERS, QUOTA, SETTINGS, connection, field, now, upstream, words, workload_by_netns};
+use crate::tables::{
+    AUTH, LISTENERS, QUOTA, SETTINGS, connection, field, now, port_kind, upstream, words, workload_by_netns,
+};
 use crate::tell;
 
 /// Something happened to a socket.
@@ -122,16 +124,21 @@ fn changed(ctx: &SockOpsContext) {
     }
 }
 
-/// A socket of a workload begins to listen: keep it, in the first free slot of its port. It leaves the map by itself on close.
+/// A socket of a workload begins to listen on an application's port: keep it, in the first free slot of its port. It leaves the map by itself on close.
 #[inline(always)]
 fn listening(ctx: &SockOpsContext) {
     // SAFETY: the helper accepts this context.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let Some(workload) = workload_by_netns(netns_cookie) else { return };
+    let port = field!(ctx.ops, local_port) as u16;
+    // Nobody is led to another port, and a workload could fill the map with them.
+    if !is_application(port_kind(workload.id, port)) {
+        return;
+    }
     let family = if field!(ctx.ops, family) == u32::from(FAMILY_V4) { FAMILY_V4 } else { FAMILY_V6 };
     let mut slot = 0;
     while slot < LISTENER_SLOTS {
-        let mut key = ListenerKey { workload: workload.id, port: field!(ctx.ops, local_port) as u16, family, slot };
+        let mut key = ListenerKey { workload: workload.id, port, family, slot };
         let map = (&raw const LISTENERS).cast_mut().cast();
         // SAFETY: context, map and key are valid for the call.
         let failed = unsafe { bpf_sock_hash_update(ctx.ops, map, (&raw mut key).cast(), u64::from(BPF_NOEXIST)) };

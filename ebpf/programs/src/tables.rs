@@ -4,7 +4,7 @@ use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_soc
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::generated::{bpf_ktime_get_boot_ns, bpf_sk_storage_get};
 use aya_ebpf::macros::{btf_map, map};
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, RingBuf, SockHash};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash};
 use culvert_ebpf_common::{
     Address, Auth, Connection, FAMILY_V4, FAMILY_V6, FlowKey, LISTENER_SLOTS, ListenerKey, PortKey, PortRule, Quota,
     Settings, Upstream, UpstreamKey, Workload, in_force,
@@ -35,6 +35,8 @@ pub static QUOTA: HashMap<u32, Quota> = HashMap::with_max_entries(MAX_WORKLOADS,
 pub static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+#[map]
+pub static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 #[btf_map]
 pub static CONNECTIONS: SkStorage<Connection> = SkStorage::new();
 

@@ -3,7 +3,7 @@
 use aya_ebpf::maps::ring_buf::RingBufEntry;
 use culvert_ebpf_common::{Connection, Event, EventKind, FlowKey, Quota};
 
-use crate::tables::{EVENTS, QUOTA, SETTINGS, now};
+use crate::tables::{EVENTS, LOST, QUOTA, SETTINGS, now};
 
 /// Refusals are counted per this many nanoseconds.
 const WINDOW: u64 = 1_000_000_000;
@@ -11,7 +11,7 @@ const WINDOW: u64 = 1_000_000_000;
 /// Tells about a direct connection.
 #[inline(always)]
 pub fn connection(kind: EventKind, connection: &Connection, cookie: u64, bytes: (u64, u64), duration: u64) {
-    let Some(mut entry): Option<RingBufEntry<Event>> = EVENTS.reserve(0) else { return };
+    let Some(mut entry) = reserve() else { return };
     entry.write(Event {
         at: now(),
         bytes_to_destination: bytes.0,
@@ -35,7 +35,7 @@ pub fn connection(kind: EventKind, connection: &Connection, cookie: u64, bytes: 
 #[inline(always)]
 pub fn packet(kind: EventKind, flow: &FlowKey, protocol: u16, source: u32, destination: u32, accountable: u32) {
     let Some(suppressed) = admitted(accountable) else { return };
-    let Some(mut entry): Option<RingBufEntry<Event>> = EVENTS.reserve(0) else { return };
+    let Some(mut entry) = reserve() else { return };
     entry.write(Event {
         at: now(),
         bytes_to_destination: 0,
@@ -53,6 +53,19 @@ pub fn packet(kind: EventKind, flow: &FlowKey, protocol: u16, source: u32, desti
         reserved: 0,
     });
     entry.submit(0);
+}
+
+/// Room for an event; without any, one more is lost.
+#[inline(always)]
+fn reserve() -> Option<RingBufEntry<Event>> {
+    let entry = EVENTS.reserve(0);
+    if entry.is_none()
+        && let Some(lost) = LOST.get_ptr_mut(0)
+    {
+        // SAFETY: this CPU's own count. A program that interrupts this one may make it miss one, never more.
+        unsafe { *lost = (*lost).wrapping_add(1) };
+    }
+    entry
 }
 
 /// May one more event be told in this second? If so, how many were left out before it. Counted without a lock: two CPUs at
