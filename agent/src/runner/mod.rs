@@ -268,10 +268,20 @@ impl Runner {
     /// The allocation whose id starts with `prefix`, if exactly one does.
     #[must_use]
     pub fn allocation(&self, prefix: &str) -> Option<AllocationView> {
+        self.only(prefix, Live::view)
+    }
+
+    /// As [`Runner::allocation`], as it changes; nothing more comes when it is gone.
+    #[must_use]
+    pub fn follow(&self, prefix: &str) -> Option<watch::Receiver<AllocationView>> {
+        self.only(prefix, |live| live.view.clone())
+    }
+
+    fn only<T>(&self, prefix: &str, of: impl FnOnce(&Live) -> T) -> Option<T> {
         let live = self.live.lock();
         let mut matching = live.iter().filter(|(id, _)| id.starts_with(prefix));
         let (_, one) = matching.next()?;
-        matching.next().is_none().then(|| one.view())
+        matching.next().is_none().then(|| of(one))
     }
 
     /// Compares `job` with what runs of it.

@@ -90,18 +90,28 @@ pub fn tail(logs: &Path, task: &str, stream: Stream, bytes: u64) -> io::Result<C
 /// # Errors
 /// When a file cannot be read.
 pub fn read(logs: &Path, task: &str, stream: Stream, cursor: Cursor, limit: usize) -> io::Result<(Vec<u8>, Cursor)> {
+    read_listed(logs, task, stream, &list(logs, task, stream)?, cursor, limit)
+}
+
+/// As [`read`], with the files that exist. Their sizes are those of a moment ago and mean nothing: a file that is not the
+/// newest is complete, because the next one was begun after its last byte.
+fn read_listed(
+    logs: &Path,
+    task: &str,
+    stream: Stream,
+    files: &[(u64, u64)],
+    cursor: Cursor,
+    limit: usize,
+) -> io::Result<(Vec<u8>, Cursor)> {
     let mut next = cursor;
-    for (index, size) in list(logs, task, stream)? {
-        if index < next.index {
-            continue;
-        }
+    for &(index, _) in files.iter().filter(|(index, _)| *index >= cursor.index) {
         if index > next.index {
             next = Cursor { index, offset: 0 };
         }
-        if size <= next.offset {
-            continue;
-        }
-        let mut file = match File::open(logs.join(file_name(task, stream, index))) {
+        // A task may write to the folder; who reads is root, and neither follows a link nor waits at a pipe.
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+        let mut file = match options.open(logs.join(file_name(task, stream, index))) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             file => file?,
         };
@@ -109,7 +119,9 @@ pub fn read(logs: &Path, task: &str, stream: Stream, cursor: Cursor, limit: usiz
         let mut bytes = Vec::new();
         file.take(limit as u64).read_to_end(&mut bytes)?;
         next.offset += bytes.len() as u64;
-        return Ok((bytes, next));
+        if !bytes.is_empty() {
+            return Ok((bytes, next));
+        }
     }
     Ok((Vec::new(), next))
 }
@@ -247,11 +259,29 @@ mod tests {
     }
 
     #[test]
+    fn what_was_written_between_looking_and_reading_is_not_passed_over() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let logs = directory.path();
+        let mut rotator = Rotator::open(logs, TASK, Stream::Stdout, 9, 8).expect("opened");
+        rotator.write(b"aaa\n").expect("written");
+        let (_, cursor) = read(logs, TASK, Stream::Stdout, Cursor::default(), 100).expect("read");
+        rotator.write(b"bbb\nccc\n").expect("written");
+        // As listed while the second line was being written: the first file still short, the second one there.
+        let (bytes, cursor) = read_listed(logs, TASK, Stream::Stdout, &[(0, 4), (1, 4)], cursor, 100).expect("read");
+        assert_eq!((bytes.as_slice(), cursor), (&b"bbb\n"[..], Cursor { index: 0, offset: 8 }));
+    }
+
+    #[test]
     fn a_link_in_place_of_a_log_is_not_followed() {
         let directory = tempfile::tempdir().expect("a directory");
         let victim = directory.path().join("victim");
         std::os::unix::fs::symlink(&victim, directory.path().join("web.stdout.0")).expect("a link");
         assert!(Rotator::open(directory.path(), TASK, Stream::Stdout, 2, 4).is_err());
         assert!(!victim.exists());
+        std::fs::write(&victim, "secret").expect("written");
+        assert_eq!(list(directory.path(), TASK, Stream::Stdout).expect("listed"), []);
+        let listed = [(0, 6)];
+        let read = read_listed(directory.path(), TASK, Stream::Stdout, &listed, Cursor::default(), 100);
+        read.expect_err("made after the files were listed");
     }
 }
