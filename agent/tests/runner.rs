@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use culvert_agent::policy::PolicyEngine;
-use culvert_agent::runner::{AllocationStatus, AllocationView, NodeServices, Records, Runner, WorkloadDialer};
+use culvert_agent::runner::{
+    AllocationStatus, AllocationView, NodeServices, Records, RunError, Runner, SubmitError, WorkloadDialer,
+};
 use culvert_agent::task::ExecutorCommand;
 use culvert_agent::worker::{self, Surroundings, WorkerSettings};
 use culvert_agent::workload::Network;
@@ -173,5 +175,26 @@ fn what_failed_stays_failed_under_the_next_agent() {
         becomes(&next, &again.created[0], AllocationStatus::Failed).await;
         assert_eq!(lines(Path::new("/run/said")), 2, "once each time it was asked for");
         next.stop_all().await;
+    });
+}
+
+#[test]
+fn what_no_attempt_can_bring_up_is_refused_or_fails_at_once() {
+    in_world("runner-lasting", async |world| {
+        let runner = Runner::start(node(&world).await);
+        let service = "service {\nname = \"web-${env[\"NOWHERE\"]}\"\nport = \"80\"\n}";
+        let refused = runner.submit(job("nowhere", "true", "", service)).expect_err("no such variable");
+        let SubmitError::Services { source, .. } = &refused else { panic!("{refused:?}") };
+        assert!(matches!(**source, RunError::Registration(_)), "{refused:?}");
+        assert!(runner.job("nowhere").is_none() && runner.views().is_empty());
+
+        // Only the catalog knows how long a value may be.
+        let service =
+            format!("service {{\nname = \"web\"\nport = \"80\"\nmeta {{\nlong = \"{}\"\n}}\n}}", "x".repeat(600));
+        let failed = runner.submit(job("refused", "true", "", &service)).expect("accepted").created.remove(0);
+        becomes(&runner, &failed, AllocationStatus::Failed).await;
+        let error = view(&runner, &failed).error.unwrap_or_default();
+        assert!(error.contains("the catalog refuses the service"), "{error}");
+        runner.stop_all().await;
     });
 }

@@ -181,6 +181,8 @@ struct Monitor {
     verbose: bool,
     /// Last word by subject.
     words: BTreeMap<String, String>,
+    /// Last word on why it does not get on, by allocation.
+    errors: BTreeMap<String, String>,
     /// Events told, by allocation and task.
     events: BTreeMap<(String, String), usize>,
 }
@@ -188,7 +190,7 @@ struct Monitor {
 impl Monitor {
     fn new(submitted: &JobSubmitted, verbose: bool) -> Self {
         let wanted = submitted.created.iter().chain(&submitted.kept).cloned().collect();
-        Self { wanted, verbose, words: BTreeMap::new(), events: BTreeMap::new() }
+        Self { wanted, verbose, words: BTreeMap::new(), errors: BTreeMap::new(), events: BTreeMap::new() }
     }
 
     /// Prints what is new since the last call.
@@ -196,6 +198,13 @@ impl Monitor {
         for allocation in status.allocations.iter().filter(|allocation| self.wanted.contains(&allocation.id)) {
             let short = short_id(&allocation.id, self.verbose);
             word(&mut self.words, format!("Allocation {short} ({})", allocation.group), &allocation.status, output)?;
+            let error = allocation.error.as_ref().filter(|_| allocation.status != "failed");
+            let told = self.errors.get(&allocation.id);
+            if let Some(error) = error.filter(|error| told != Some(*error)) {
+                let text = format!("    Allocation {short} ({}): {error}", allocation.group);
+                output.line(output.paint(Colour::Yellow, text))?;
+                self.errors.insert(allocation.id.clone(), error.clone());
+            }
             for service in &allocation.services {
                 if let Some(health) = &service.health {
                     word(&mut self.words, format!("Service {} ({short})", service.service), health, output)?;

@@ -36,9 +36,10 @@ impl From<SubmitError> for Failure {
             SubmitError::UnknownJob(_) => StatusCode::NOT_FOUND,
             SubmitError::Record(_) => StatusCode::INTERNAL_SERVER_ERROR,
             SubmitError::Leaving => StatusCode::SERVICE_UNAVAILABLE,
-            SubmitError::NotRunnable(_) | SubmitError::Datacenter { .. } | SubmitError::Port(_) => {
-                StatusCode::BAD_REQUEST
-            }
+            SubmitError::NotRunnable(_)
+            | SubmitError::Datacenter { .. }
+            | SubmitError::Services { .. }
+            | SubmitError::Port(_) => StatusCode::BAD_REQUEST,
         };
         Self(status, crate::report::chain(&error))
     }

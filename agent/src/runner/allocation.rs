@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use super::records::{AllocationRecord, RecordError};
-use super::registration::{Allocated, Registration, SidecarAddress, registrations};
+use super::registration::{Allocated, INTERFACE, Registration, SidecarAddress, registrations};
 use super::tasks::{TaskLife, TaskState, TaskView, end};
 use super::{NodeServices, RunError};
 use crate::policy::Attachment;
@@ -128,6 +128,10 @@ impl Allocation {
     pub(super) async fn run(self, stop: CancellationToken, after: Vec<CancellationToken>) {
         let tasks = TaskTracker::new();
         let stop_tasks = CancellationToken::new();
+        if after.iter().any(|gone| !gone.is_cancelled()) {
+            let waits = "waits until the allocations that it replaces are gone".to_owned();
+            self.view.send_modify(|view| view.error = Some(waits));
+        }
         let replaced = async {
             for gone in after {
                 gone.cancelled().await;
@@ -145,14 +149,16 @@ impl Allocation {
             self.deregister().await;
             self.end_strays().await;
             stop.cancelled().await;
-        } else if let Some(up) = self.bring_up(&stop).await {
-            self.start_tasks(&up, &tasks, &stop_tasks);
+        } else {
+            if let Some(up) = self.bring_up(&stop).await {
+                self.start_tasks(&up, &tasks, &stop_tasks);
+            }
             self.watch_until(&stop, &stop_tasks).await;
         }
         self.take_down(&tasks, &stop_tasks).await;
     }
 
-    /// Tries until everything before the tasks is up; `None` when told to stop before.
+    /// Tries until everything before the tasks is up; `None` when told to stop before, or when no attempt can succeed.
     async fn bring_up(&self, stop: &CancellationToken) -> Option<Up> {
         let mut pause = FIRST_PAUSE;
         loop {
@@ -163,9 +169,13 @@ impl Allocation {
             match result {
                 Ok(up) => return Some(up),
                 Err(error) => {
-                    let error = chain(&error);
-                    warn!(alloc = %self.id, error, "allocation is not up yet");
+                    let (lasting, error) = (error.lasting(), chain(&error));
+                    warn!(alloc = %self.id, error, lasting, "allocation is not up");
                     self.view.send_modify(|view| view.error = Some(error));
+                    if lasting {
+                        self.view.send_modify(|view| view.status = AllocationStatus::Failed);
+                        return None;
+                    }
                 }
             }
             tokio::select! {
@@ -207,7 +217,7 @@ impl Allocation {
             node: self.node.context.clone(),
             host_ip: self.node.advertise,
             alloc_ip: workload.addr4.into(),
-            alloc_interface: "eth0".to_owned(),
+            alloc_interface: INTERFACE.to_owned(),
             ports: self.record.ports.clone(),
         }
     }

@@ -50,6 +50,15 @@ pub enum SubmitError {
         /// Ours.
         here: String,
     },
+    /// A service of the job can never be registered.
+    #[error("job {job:?}")]
+    Services {
+        /// The job.
+        job: String,
+        /// What is wrong.
+        #[source]
+        source: Box<RunError>,
+    },
     /// A port of the job is taken.
     #[error(transparent)]
     Port(#[from] ports::PortError),
@@ -173,6 +182,8 @@ impl Runner {
             let (job, datacenters) = (job.id.clone(), job.datacenters.clone());
             return Err(SubmitError::Datacenter { job, datacenters, here });
         }
+        registration::check(&job, &self.node.context)
+            .map_err(|source| SubmitError::Services { job: job.id.clone(), source: Box::new(source) })?;
         let before = self.job(&job.id);
         let changed = before.as_ref().is_none_or(|before| before.stopped || before.job != job);
         let version = before.as_ref().map_or(0, |before| before.version + u64::from(changed));

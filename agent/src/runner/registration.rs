@@ -7,13 +7,19 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use culvert_jobspec::{
-    Check, CheckKind, Environment, Group, PortBinding, PortRef, Proxy, Service, SidecarService, Template, TemplateError,
+    AllocContext, Check, CheckKind, Environment, Group, Job, NodeContext, Port, PortBinding, PortRef, Proxy, Service,
+    SidecarService, Template, TemplateError,
 };
 use culvert_types::format_go_duration;
 use serde_json::{Map, Value, json};
 
+use super::RunError;
 use super::dialer::{service_prefix, sidecar_id};
+use super::services::decode;
 use crate::workload::AllocId;
+
+/// The interface of a workload, inside.
+pub(super) const INTERFACE: &str = "eth0";
 
 /// One service of an allocation as it is registered.
 #[derive(Clone, Debug)]
@@ -97,6 +103,36 @@ pub(super) struct Allocated<'a> {
 /// [`RegistrationError`] names the group and what is wrong; nothing is registered then.
 pub(super) fn registrations(allocation: &Allocated<'_>) -> Result<Vec<Registration>, RegistrationError> {
     allocation.group.services.iter().map(|service| registration(allocation, service)).collect()
+}
+
+/// Finds out before anything is started whether the services of `job` can be registered at all, on `node`.
+///
+/// # Errors
+/// [`RunError`] names what is wrong with the job.
+pub(super) fn check(job: &Job, node: &NodeContext) -> Result<(), RunError> {
+    let id = AllocId::random();
+    for group in job.groups.iter().filter(|group| group.count > 0) {
+        // Any allocation will do: which values there are does not depend on it.
+        let unspecified = IpAddr::from(Ipv4Addr::UNSPECIFIED);
+        let binding = |port: &Port| PortBinding { host: 1, inside: port.to.or(port.static_port).unwrap_or(1) };
+        let ports = group.network.ports.iter().map(|port| (port.label.clone(), binding(port))).collect();
+        let context = AllocContext {
+            alloc_id: id.to_string(),
+            index: group.count - 1,
+            node: node.clone(),
+            host_ip: unspecified,
+            alloc_ip: unspecified,
+            alloc_interface: INTERFACE.to_owned(),
+            ports,
+        };
+        let environment = Environment::of_group(job, group, &context)?;
+        let address = SidecarAddress { advertised: unspecified, workload: unspecified, ipv6: true };
+        let allocated = Allocated { id: &id, group, ports: &context.ports, environment: &environment, address };
+        for registration in registrations(&allocated)? {
+            decode(&registration.body)?;
+        }
+    }
+    Ok(())
 }
 
 fn registration(allocation: &Allocated<'_>, service: &Service) -> Result<Registration, RegistrationError> {

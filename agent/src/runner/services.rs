@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use culvert_api::ServiceRegistration;
-use culvert_control::Control;
+use culvert_control::{Control, RegisterError};
 use culvert_jobspec::{EnvironmentError, NodeContext, TemplateError};
 use serde_json::Value;
 use tokio::runtime::Handle;
@@ -44,7 +44,7 @@ pub enum RunError {
     #[error("services")]
     Registration(#[from] RegistrationError),
     #[error("the catalog refuses the service: {reason}")]
-    Catalog { reason: String },
+    Catalog { reason: String, lasting: bool },
     #[error(transparent)]
     Worker(#[from] NotReady),
     #[error(transparent)]
@@ -55,6 +55,30 @@ pub enum RunError {
     Record(#[from] RecordError),
     #[error("a part of the agent ended in a panic")]
     Aborted(#[source] tokio::task::JoinError),
+}
+
+impl RunError {
+    /// Would every further attempt fail in the same way, because the job itself is what is wrong?
+    #[must_use]
+    pub fn lasting(&self) -> bool {
+        match self {
+            Self::UnknownGroup(_)
+            | Self::Driver(_)
+            | Self::Environment(_)
+            | Self::Template(_)
+            | Self::Registration(_)
+            | Self::Signal(_) => true,
+            Self::Catalog { lasting, .. } => *lasting,
+            Self::Task(error) => !error.recoverable(),
+            Self::Dir(_)
+            | Self::Network(_)
+            | Self::Cgroup(_)
+            | Self::Kernel { .. }
+            | Self::Worker(_)
+            | Self::Record(_)
+            | Self::Aborted(_) => false,
+        }
+    }
 }
 
 /// The services of the node that allocations are built from.
@@ -91,11 +115,12 @@ impl NodeServices {
     /// # Errors
     /// [`RunError::Catalog`] with the catalog's text.
     pub(super) async fn register(&self, body: &Value) -> Result<Option<u16>, RunError> {
-        let refused = |reason: String| RunError::Catalog { reason };
-        let text = body.to_string();
-        let body = ServiceRegistration::decode(text.as_bytes()).map_err(|error| refused(error.to_string()))?;
-        let registered = self.control.register_service(body).await.map_err(|error| refused(error.to_string()))?;
-        Ok(registered.sidecar_port)
+        let refused = |error: RegisterError| RunError::Catalog {
+            // A port, and the disk, may be free again.
+            lasting: !matches!(error, RegisterError::NoPortLeft(..) | RegisterError::Update(_)),
+            reason: error.to_string(),
+        };
+        Ok(self.control.register_service(decode(body)?).await.map_err(refused)?.sidecar_port)
     }
 
     /// Services and sidecars of an allocation that are in the catalog.
@@ -113,4 +138,13 @@ impl NodeServices {
             debug!(service_id, error = chain(&error), "the service was out of the catalog already");
         }
     }
+}
+
+/// The body of a registration as the catalog reads it.
+///
+/// # Errors
+/// [`RunError::Catalog`] with the reader's text.
+pub(super) fn decode(body: &Value) -> Result<ServiceRegistration, RunError> {
+    let refused = |reason: String| RunError::Catalog { reason, lasting: true };
+    ServiceRegistration::decode(body.to_string().as_bytes()).map_err(|error| refused(error.to_string()))
 }

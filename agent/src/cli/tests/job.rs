@@ -29,8 +29,12 @@ fn job_file() -> (tempfile::TempDir, String) {
 
 #[test]
 fn run_waits_until_the_job_is_healthy_and_tells_what_happens() {
+    let mut waits = job("pending", None, &["Received"]);
+    waits.allocations[0].error = Some("Static port 80 already reserved by other.g:http".into());
     let states = vec![
         job("pending", None, &["Received"]),
+        waits.clone(),
+        waits,
         job("running", Some("critical"), &["Received", "Started", "Restarting"]),
         job("running", Some("passing"), &["Received", "Started", "Restarting"]),
     ];
@@ -42,6 +46,7 @@ fn run_waits_until_the_job_is_healthy_and_tells_what_happens() {
         said(
             "==> Job \"web\" version 0 submitted: 1 allocations created, 0 stopped, 0 unchanged\n\
              \x20   Allocation 0a1b2c3d (g): pending\n\
+             \x20   Allocation 0a1b2c3d (g): Static port 80 already reserved by other.g:http\n\
              \x20   Allocation 0a1b2c3d (g): pending -> running\n\
              \x20   Service web (0a1b2c3d): critical\n\
              \x20   Task main (0a1b2c3d): Restarting m\n\
