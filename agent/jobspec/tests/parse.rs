@@ -133,6 +133,10 @@ fn a_restart_block_of_the_group_holds_for_its_tasks() {
     let job = job(&source);
     assert_eq!(job.group("api").expect("api").tasks[0].restart.attempts, 7);
     assert_eq!(job.group("dashboard").expect("dashboard").tasks[0].restart.attempts, 2);
+    let own = "restart {\n attempts = 0\n}\ntask \"web\" {\n restart {\n delay = \"1s\"\n }";
+    let both = self::job(&SEED_000.replace("task \"web\" {", own));
+    let restart = both.group("api").expect("api").tasks[0].restart;
+    assert_eq!((restart.attempts, restart.delay.as_secs()), (0, 1), "the task's block changes only what it names");
 }
 
 #[test]

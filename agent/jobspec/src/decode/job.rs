@@ -5,7 +5,7 @@ use super::service::decode_service;
 use super::task::{decode_restart, decode_task};
 use crate::hcl::Scope;
 use crate::parse::Session;
-use crate::{Group, Job, JobType, Network, NetworkMode, Origins, Port, Service};
+use crate::{Group, Job, JobType, Network, NetworkMode, Origins, Port, RestartPolicy, Service};
 use hcl_edit::structure::Block;
 
 /// Most instances of a group: a node has addresses for fewer than 4096 allocations (172.26.64.0/20).
@@ -150,7 +150,8 @@ fn decode_group(reader: &Reader<'_>, job: &Job, name: String) -> Group {
         .filter_map(|(index, block)| decode_service(reader, index, block, job, &name))
         .collect();
     let network = decode_networks(reader, &name, services.iter().any(|service| service.connect.is_some()));
-    let restart = reader.block("restart").map(|block| decode_restart(reader, block)).unwrap_or_default();
+    let restart = RestartPolicy::default();
+    let restart = reader.block("restart").map_or(restart, |block| decode_restart(reader, block, restart));
     let mut tasks = Vec::new();
     for (index, (task_name, block)) in reader.labelled("task").into_iter().enumerate() {
         check_name(reader, "Task name", &task_name);

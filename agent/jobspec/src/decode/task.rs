@@ -142,7 +142,7 @@ pub(super) fn decode_task(
         meta: reader.template_map("meta"),
         resources: reader.block("resources").map(|block| decode_resources(&reader, block)).unwrap_or_default(),
         logs: reader.block("logs").map(|block| decode_logs(&reader, block)).unwrap_or_default(),
-        restart: reader.block("restart").map_or(restart, |block| decode_restart(&reader, block)),
+        restart: reader.block("restart").map_or(restart, |block| decode_restart(&reader, block, restart)),
         kill_timeout: kill_timeout(&reader),
         kill_signal: kill_signal(&reader),
         driver: decode_driver(&reader)?,
@@ -291,10 +291,10 @@ fn decode_logs(task: &Reader<'_>, block: &Block) -> Logs {
     logs
 }
 
-/// Reads a `restart` block of a group or task.
-pub(super) fn decode_restart(parent: &Reader<'_>, block: &Block) -> RestartPolicy {
+/// Reads a `restart` block of a group or task; what it leaves out is as in `base`.
+pub(super) fn decode_restart(parent: &Reader<'_>, block: &Block, base: RestartPolicy) -> RestartPolicy {
     let reader = parent.inner(&RESTART, block, "restart");
-    let mut policy = RestartPolicy::default();
+    let mut policy = base;
     if let Some(attempts) = reader.number("attempts", 0..=1_000_000).and_then(|at| u32::try_from(at.value).ok()) {
         policy.attempts = attempts;
     }
