@@ -14,10 +14,10 @@ use culvert_agent::runner::{
 };
 use culvert_agent::task::ExecutorCommand;
 use culvert_agent::worker::{self, Surroundings, WorkerSettings};
-use culvert_agent::workload::Network;
+use culvert_agent::workload::{AllocId, Network, listen};
 use culvert_control::{Control, ControlConfig};
 use culvert_jobspec::{Job, NodeContext};
-use culvert_types::{ConnectionEvent, Datacenter};
+use culvert_types::{ConnectionEvent, Datacenter, HealthStatus};
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -49,7 +49,7 @@ async fn node(world: &World) -> Arc<NodeServices> {
         control,
         worker,
         records: Records::open(&data_dir).expect("records"),
-        context: NodeContext { datacenter: "dc1".to_owned(), ..NodeContext::default() },
+        context: NodeContext { name: "n1".to_owned(), datacenter: "dc1".to_owned(), ..NodeContext::default() },
         executor: ExecutorCommand {
             program: PathBuf::from(env!("CARGO_BIN_EXE_culvert")),
             args: vec!["executor".into()],
@@ -195,6 +195,30 @@ fn what_no_attempt_can_bring_up_is_refused_or_fails_at_once() {
         becomes(&runner, &failed, AllocationStatus::Failed).await;
         let error = view(&runner, &failed).error.unwrap_or_default();
         assert!(error.contains("the catalog refuses the service"), "{error}");
+        runner.stop_all().await;
+    });
+}
+
+#[test]
+fn checks_of_a_service_outside_the_mesh_are_made_inside_and_count() {
+    in_world("runner-health", async |world| {
+        // The host listens where the workload does not.
+        let _host = std::net::TcpListener::bind("127.0.0.1:8000").expect("a port");
+        let node = node(&world).await;
+        let runner = Runner::start(Arc::clone(&node));
+        let service = "service {\nname = \"web\"\nport = \"8000\"\ncheck {\ntype = \"tcp\"\ninterval = \"1s\"\ntimeout = \"1s\"\n}\n}";
+        let web = runner.submit(job("web", "sleep 1000", "", service)).expect("accepted").created.remove(0);
+        becomes(&runner, &web, AllocationStatus::Running).await;
+        let service = view(&runner, &web).services.remove(0);
+        let said = |word: &str| {
+            let state = node.control.state();
+            state.checks_of("n1", &service.service_id).any(|check| check.output.contains(word))
+        };
+        eventually("the check has run", async || said("refused")).await;
+        assert_eq!(runner.health(&service), Some(HealthStatus::Critical), "the host must not answer for it");
+        let netns = world.settings().netns(&AllocId::new(&web).expect("an ID"));
+        let _listener = listen(&netns, ([127, 0, 0, 1], 8000).into()).await.expect("listens");
+        eventually("it passes", async || runner.health(&service) == Some(HealthStatus::Passing)).await;
         runner.stop_all().await;
     });
 }

@@ -259,12 +259,11 @@ fn word(
     Ok(())
 }
 
-/// Everything runs, and whatever the mesh knows of it passes its checks.
+/// Everything runs, and every service passes its checks.
 fn is_healthy(allocation: &AllocationStatus) -> bool {
-    let passing = |health: Option<&str>, in_mesh: bool| health.map_or(!in_mesh, |health| health == "passing");
     allocation.status == "running"
         && allocation.tasks.iter().all(|task| task.state == "running" || (task.state == "dead" && !task.failed))
-        && allocation.services.iter().all(|service| passing(service.health.as_deref(), service.sidecar_id.is_some()))
+        && allocation.services.iter().all(|service| service.health.as_deref() == Some("passing"))
 }
 
 async fn stop(args: &JobStopArgs, session: &mut Session<'_>) -> anyhow::Result<u8> {

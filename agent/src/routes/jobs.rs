@@ -94,7 +94,7 @@ pub(super) async fn status(
         stopped: record.stopped,
         submitted: time(record.submitted),
         datacenters: record.job.datacenters.clone(),
-        allocations: own.map(|allocation| allocation_status(allocation, &view)).collect(),
+        allocations: own.map(|allocation| allocation_status(allocation, &node.runner, &view)).collect(),
         id: record.job.id,
     }))
 }
@@ -140,7 +140,7 @@ fn job_status(record: &JobRecord, views: &[AllocationView]) -> &'static str {
     }
 }
 
-fn allocation_status(allocation: &AllocationView, view: &MeshView) -> AllocationStatus {
+fn allocation_status(allocation: &AllocationView, runner: &Runner, view: &MeshView) -> AllocationStatus {
     let record = &allocation.record;
     AllocationStatus {
         id: record.id.clone(),
@@ -152,12 +152,12 @@ fn allocation_status(allocation: &AllocationView, view: &MeshView) -> Allocation
         created: time(record.created),
         addresses: allocation.addresses.iter().map(ToString::to_string).collect(),
         ports: record.ports.iter().map(|(label, port)| (label.clone(), (port.host, port.inside))).collect(),
-        services: allocation.services.iter().map(|service| service_status(service, view)).collect(),
+        services: allocation.services.iter().map(|service| service_status(service, runner, view)).collect(),
         tasks: allocation.tasks.iter().map(|(name, task)| task_status(name, task)).collect(),
     }
 }
 
-fn service_status(service: &ServiceView, view: &MeshView) -> ServiceStatus {
+fn service_status(service: &ServiceView, runner: &Runner, view: &MeshView) -> ServiceStatus {
     let instance = view.instances.iter().find(|instance| Some(&instance.sidecar_id) == service.sidecar_id.as_ref());
     let identity = instance.map(|instance| {
         let (trust_domain, datacenter) = (view.trust_domain.clone(), view.datacenter.clone());
@@ -169,7 +169,7 @@ fn service_status(service: &ServiceView, view: &MeshView) -> ServiceStatus {
         sidecar_id: service.sidecar_id.clone(),
         sidecar_port: service.sidecar_port,
         identity,
-        health: instance.map(|instance| instance.health.as_str().to_owned()),
+        health: runner.health(service).map(|health| health.as_str().to_owned()),
     }
 }
 

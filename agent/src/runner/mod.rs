@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use culvert_jobspec::{Diagnostics, Job};
+use culvert_types::HealthStatus;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -268,6 +269,12 @@ impl Runner {
     #[must_use]
     pub fn job(&self, id: &str) -> Option<JobRecord> {
         self.jobs.lock().get(id).cloned()
+    }
+
+    /// Health of a service of an allocation; `None` while it is not in the catalog.
+    #[must_use]
+    pub fn health(&self, service: &ServiceView) -> Option<HealthStatus> {
+        self.node.health(&service.service_id)
     }
 
     /// Every allocation that is not gone.

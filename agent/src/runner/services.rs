@@ -7,12 +7,13 @@ use std::sync::Arc;
 use culvert_api::ServiceRegistration;
 use culvert_control::{Control, RegisterError};
 use culvert_jobspec::{EnvironmentError, NodeContext, TemplateError};
+use culvert_types::HealthStatus;
 use serde_json::Value;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use super::dialer::service_prefix;
+use super::dialer::{service_prefix, sidecar_id};
 use super::records::{RecordError, Records};
 use super::registration::RegistrationError;
 use crate::policy::PolicyEngine;
@@ -130,6 +131,14 @@ impl NodeServices {
         let view = mesh.borrow();
         let own = view.instances.iter().filter(|instance| instance.service_id.starts_with(&prefix));
         own.map(|instance| (instance.service_id.clone(), instance.sidecar_id.clone())).collect()
+    }
+
+    /// Health of a service in the catalog: of its own checks, and where it takes part in the mesh also of its sidecar's.
+    pub(super) fn health(&self, service_id: &str) -> Option<HealthStatus> {
+        let (state, node) = (self.control.state(), &self.context.name);
+        state.service(node, service_id)?;
+        let sidecar = state.service(node, &sidecar_id(service_id));
+        Some(sidecar.map_or_else(|| state.health(node, service_id), |sidecar| state.mesh_health(sidecar)))
     }
 
     /// Takes a service and its sidecar out of the catalog.

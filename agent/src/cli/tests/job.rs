@@ -60,6 +60,20 @@ fn run_waits_until_the_job_is_healthy_and_tells_what_happens() {
 }
 
 #[test]
+fn services_outside_the_mesh_have_to_pass_too() {
+    let outside = |health| {
+        let mut job = job("running", health, &["Started"]);
+        let service = &mut job.allocations[0].services[0];
+        (service.sidecar_id, service.sidecar_port, service.identity) = (None, None, None);
+        job
+    };
+    let agent = FakeAgent::start(vec![outside(None), outside(Some("critical")), outside(Some("passing"))]);
+    let (_dir, file) = job_file();
+    let ran = agent.run(&["job", "run"], &["-var", "port=80", &file]);
+    assert!(ran.out.contains("Service web (0a1b2c3d): critical -> passing\n==> Job"), "{}", ran.out);
+}
+
+#[test]
 fn run_fails_when_an_allocation_fails() {
     let agent = FakeAgent::start(vec![job("failed", None, &[])]);
     let (_dir, file) = job_file();
