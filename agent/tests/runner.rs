@@ -45,7 +45,7 @@ async fn node(world: &World) -> Arc<NodeServices> {
     Arc::new(NodeServices {
         runtime: Handle::current(),
         network: Arc::new(Network::open(settings).await.expect("a network")),
-        policy: PolicyEngine::new(None, control.mesh()),
+        policy: PolicyEngine::new(None, control.mesh(), &data_dir),
         control,
         worker,
         records: Records::open(&data_dir).expect("records"),
