@@ -1,4 +1,5 @@
-//! Key pairs: EC P-256, made where they are used, wiped when dropped.
+//! Key pairs: EC P-256, made where they are used, wiped when dropped: the encoded form here, the parsed one by aws-lc, whose
+//! allocator clears what it frees. What rcgen copies while it makes or reads a pair is not ours to wipe.
 
 use std::fmt;
 
@@ -6,7 +7,7 @@ use aws_lc_rs::encoding::{AsDer, EcPrivateKeyRfc5915Der};
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
 use rcgen::{KeyPair, PublicKeyData};
 use sha2::{Digest, Sha256};
-use zeroize::Zeroizing;
+use zeroize::{Zeroize as _, Zeroizing};
 
 use super::pem;
 
@@ -27,6 +28,12 @@ pub enum KeyError {
 /// A private key with its public half. Prints as `PrivateKey(..)`.
 pub(crate) struct PrivateKey(KeyPair);
 
+impl Drop for PrivateKey {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
+
 impl PrivateKey {
     /// Makes a new one.
     pub(crate) fn generate() -> Result<Self, KeyError> {
@@ -41,7 +48,7 @@ impl PrivateKey {
 
     /// PKCS #8 text, for the state store.
     pub(crate) fn to_pkcs8_pem(&self) -> Zeroizing<String> {
-        Zeroizing::new(self.0.serialize_pem())
+        pem::encode(pem::PRIVATE_KEY, &Zeroizing::new(self.0.serialize_der()))
     }
 
     /// SEC 1 text (`EC PRIVATE KEY`), the form of the leaf endpoint and of Consul's TLS contexts.

@@ -1,4 +1,4 @@
-//! PEM text (RFC 7468) of what rcgen does not write itself.
+//! PEM text (RFC 7468) of private keys, which rcgen does not write at all or does not wipe.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -6,6 +6,8 @@ use zeroize::Zeroizing;
 
 /// Label of a SEC 1 elliptic curve key (RFC 5915), the form that Consul's clients expect.
 pub(crate) const EC_PRIVATE_KEY: &str = "EC PRIVATE KEY";
+/// Label of a PKCS #8 key (RFC 5958), as the state store keeps it.
+pub(crate) const PRIVATE_KEY: &str = "PRIVATE KEY";
 /// Characters on a line (RFC 7468 §2).
 const LINE: usize = 64;
 
