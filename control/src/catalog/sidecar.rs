@@ -77,22 +77,23 @@ fn free_port(state: &State, place: &Place, id: &str) -> Result<u16, RegisterErro
     range.into_iter().find(|port| !used.contains(port)).ok_or(RegisterError::NoPortLeft(low, high))
 }
 
-/// Does it listen, and is its service well?
+/// Does it listen, and is its service well? In front of an application without a port nobody listens for the mesh.
 fn default_checks(sidecar: &Service, parent: &Service) -> Vec<CheckDefinition> {
-    let local = sidecar.proxy.as_ref().map_or("127.0.0.1", |proxy| proxy.local_service_address.as_str());
-    let host = if sidecar.address.is_empty() { local } else { &sidecar.address };
-    let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
-    vec![
-        CheckDefinition {
-            name: "Connect Sidecar Listening".to_owned(),
-            tcp: format!("{host}:{}", sidecar.port),
-            interval: LISTENING_INTERVAL.into(),
-            ..CheckDefinition::default()
-        },
-        CheckDefinition {
-            name: format!("Connect Sidecar Aliasing {}", parent.id),
-            alias_service: parent.id.clone(),
-            ..CheckDefinition::default()
-        },
-    ]
+    let aliasing = CheckDefinition {
+        name: format!("Connect Sidecar Aliasing {}", parent.id),
+        alias_service: parent.id.clone(),
+        ..CheckDefinition::default()
+    };
+    let Some(proxy) = sidecar.proxy.as_ref().filter(|proxy| proxy.local_service_port != 0) else {
+        return vec![aliasing];
+    };
+    let host = if sidecar.address.is_empty() { &proxy.local_service_address } else { &sidecar.address };
+    let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
+    let listening = CheckDefinition {
+        name: "Connect Sidecar Listening".to_owned(),
+        tcp: format!("{host}:{}", sidecar.port),
+        interval: LISTENING_INTERVAL.into(),
+        ..CheckDefinition::default()
+    };
+    vec![listening, aliasing]
 }

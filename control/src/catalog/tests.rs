@@ -101,6 +101,18 @@ async fn a_sidecar_is_filled_in_from_its_service() {
     assert!(world.check_ids("web-1").is_empty());
 }
 
+/// Such an application only calls others: the sidecar has no inbound listener.
+#[tokio::test]
+async fn the_sidecar_of_an_application_without_a_port_is_not_expected_to_listen() {
+    let world = World::new().await;
+    let registered = world.register(json!({"Name": "client", "Connect": {"SidecarService": {}}}));
+    assert_eq!(registered.await.expect("registered").sidecar_port, Some(21000));
+    assert_eq!(world.check_ids("client-sidecar-proxy"), ["service:client-sidecar-proxy"]);
+    let state = world.ledger.state();
+    let alias = state.check("n1", "service:client-sidecar-proxy").expect("the only check");
+    assert_eq!(alias.definition.probe, Probe::Alias { service: "client".to_owned() });
+}
+
 #[tokio::test]
 async fn what_a_sidecar_says_itself_stays() {
     let world = World::new().await;
