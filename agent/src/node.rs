@@ -14,6 +14,7 @@ use culvert_control::ca::{CaSettings, Clock, ConfigurationUpdate};
 use culvert_control::xds::XdsLimits;
 use culvert_control::{CONSUL_VERSION, Control, ControlConfig, HttpLimits, Reloadable, XdsPeer};
 use culvert_jobspec::NodeContext;
+use culvert_proxy::handoff::Traffic;
 use culvert_types::ConnectionEvent;
 use tokio::net::UnixStream;
 use tokio::runtime::{Handle, Runtime};
@@ -314,6 +315,14 @@ impl Surroundings for NodeSurroundings {
 
     fn event(&self, service: &str, event: ConnectionEvent) {
         self.hub.publish(service, event);
+    }
+
+    fn traffic(&self, proxy: &str, service: &str, traffic: &Traffic) {
+        self.hub.traffic(proxy, service, traffic);
+    }
+
+    fn no_traffic(&self, proxy: Option<&str>) {
+        self.hub.no_traffic(proxy);
     }
 
     fn events_lost(&self, count: u64) {

@@ -18,7 +18,7 @@ use crate::balance::Destination;
 use crate::config::{self, Direction, ProxyConfig};
 use crate::events::Events;
 use crate::handoff::{ListenerStatus, Nack, ProxyStatus};
-use crate::l4::{Listener, State};
+use crate::l4::{Listener, State, Tally};
 use crate::rbac::Rbac;
 use crate::sockets::Sockets;
 use crate::threads::Placement;
@@ -41,6 +41,7 @@ pub(crate) struct Context {
     pub(crate) threads: Arc<Placement>,
     pub(crate) events: Events,
     pub(crate) handshakes: Semaphore,
+    pub(crate) tally: Arc<Tally>,
 }
 
 impl std::fmt::Debug for Context {
@@ -81,6 +82,7 @@ impl Proxy {
             threads,
             events,
             handshakes: Semaphore::new(MAX_HANDSHAKES),
+            tally: Arc::default(),
         };
         Self {
             context: Arc::new(context),
@@ -90,6 +92,12 @@ impl Proxy {
             closed: Vec::new(),
             drains: tokio::task::JoinSet::new(),
         }
+    }
+
+    /// What it carries, to be asked at any time.
+    #[must_use]
+    pub fn tally(&self) -> Arc<Tally> {
+        Arc::clone(&self.context.tally)
     }
 
     /// Follows `feed` until `stop` names a deadline, then drains: no connection is accepted any more, and those still open

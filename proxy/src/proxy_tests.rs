@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use super::*;
 use crate::config::{Cluster, ClusterKind, Endpoint, Identity, LbPolicy, StringMatcher};
 use crate::events::EventReader;
-use crate::handoff::Family;
+use crate::handoff::{Family, SideTraffic};
 use crate::metrics::Metrics;
 use crate::rbac::{self, Permission, Policy, Principal, Rbac, RbacAction};
 use crate::sockets::OwnSockets;
@@ -88,6 +88,7 @@ struct Running {
     stop: Option<oneshot::Sender<Duration>>,
     events: EventReader,
     task: tokio::task::JoinHandle<()>,
+    tally: Arc<Tally>,
     _threads: DataThreads,
 }
 
@@ -102,9 +103,20 @@ impl Running {
         let (publish, mut status) = watch::channel(ProxyStatus::default());
         let (stop, stopped) = oneshot::channel();
         let proxy = Proxy::new(id, "here", sockets, threads.placement(), events);
+        let tally = proxy.tally();
         let task = tokio::spawn(proxy.run(Feed { config: configs, status: xds }, publish, stopped));
         timeout(PATIENCE, status.wait_for(|status| status.ready)).await.expect("in time").expect("ready");
-        Self { address, config, _xds: xds_sender, status, stop: Some(stop), events: reader, task, _threads: threads }
+        Self {
+            address,
+            config,
+            _xds: xds_sender,
+            status,
+            stop: Some(stop),
+            events: reader,
+            task,
+            tally,
+            _threads: threads,
+        }
     }
 
     fn change(&self, change: impl FnOnce(&mut config::Listener, &mut Cluster)) {
@@ -227,6 +239,38 @@ async fn an_allowed_connection_passes_and_both_sides_tell_about_it() {
         assert_eq!((close.bytes_to_destination, close.bytes_to_source), (16, 16));
         assert_eq!(open.rule.as_deref(), open.inbound.then_some("consul-intentions-layer4"));
     }
+}
+
+#[tokio::test]
+async fn what_is_carried_is_known_while_it_is_and_afterwards() {
+    let mut mesh = Mesh::start(&["web"]).await;
+    let open = |open, bytes| SideTraffic { open, bytes_to_destination: bytes, bytes_to_source: bytes };
+    let carried = async |what: &str, inbound: SideTraffic, outbound: SideTraffic, mesh: &Mesh| {
+        let seen = || (mesh.inbound.tally.read().inbound, mesh.outbound.tally.read().outbound);
+        let settled = async {
+            while seen() != (inbound, outbound) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        assert!(timeout(PATIENCE, settled).await.is_ok(), "{what}: {:?}", seen());
+    };
+    let (mut one, mut other) = (mesh.client(), mesh.client());
+    ping(&mut one, b"12345").await.expect("echo");
+    ping(&mut other, b"123").await.expect("echo");
+    carried("two are open", open(2, 8), open(2, 8), &mesh).await;
+    drop(one);
+    carried("one has ended", open(1, 8), open(1, 8), &mesh).await;
+    mesh.outbound.tally.count_anew();
+    ping(&mut other, b"1234").await.expect("echo");
+    carried("one side counts anew", open(1, 12), open(1, 4), &mesh).await;
+    mesh.outbound.change(|listener, _| listener.address = free_port());
+    drop(other);
+    carried("all have ended, and so has their listener", open(0, 12), open(0, 4), &mesh).await;
+    mesh.inbound.change(|listener, _| listener.rbac = allow(&["admin"]));
+    let mut refused = call(mesh.outbound.config.borrow().listeners.values().next().expect("one").address);
+    let _reset = end(&mut refused).await;
+    mesh.inbound.next(ConnectionKind::Refuse).await;
+    assert_eq!(mesh.inbound.tally.read().inbound, open(0, 12), "what is refused is not open");
 }
 
 #[tokio::test]

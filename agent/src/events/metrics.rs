@@ -1,6 +1,13 @@
 //! Metrics of connections. Labels come from closed sets and from services registered on this node, never from peers.
+//!
+//! Connections of the direct path that are open, and their bytes, follow from events. Those of the proxied path are what the
+//! worker says it carries: its connections may be older than this agent, and it may be killed with them.
 
-use culvert_types::{ConnectionEvent, ConnectionKind, Verdict};
+use std::collections::HashMap;
+
+use culvert_proxy::handoff::{SideTraffic, Traffic};
+use culvert_types::{ConnectionEvent, ConnectionKind, Path, Verdict};
+use parking_lot::Mutex;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -12,6 +19,13 @@ struct Side {
     service: String,
     side: &'static str,
     path: &'static str,
+}
+
+impl Side {
+    fn of(service: &str, inbound: bool, path: Path) -> Self {
+        let side = if inbound { "inbound" } else { "outbound" };
+        Self { service: service.to_owned(), side, path: path.as_str() }
+    }
 }
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
@@ -38,6 +52,15 @@ pub(super) struct ConnectionMetrics {
     refused: Family<Refusal, Counter>,
     bytes: Family<Bytes, Counter>,
     lost: Counter,
+    /// What was last said, by proxy and side.
+    carried: Mutex<HashMap<(String, bool), Carried>>,
+}
+
+/// What one side of one proxy is known to carry.
+#[derive(Debug)]
+struct Carried {
+    side: Side,
+    last: SideTraffic,
 }
 
 impl ConnectionMetrics {
@@ -48,6 +71,7 @@ impl ConnectionMetrics {
             refused: Family::default(),
             bytes: Family::default(),
             lost: Counter::default(),
+            carried: Mutex::default(),
         };
         registry.register(
             "connections",
@@ -58,7 +82,7 @@ impl ConnectionMetrics {
         registry.register("refusals", "Connections refused or ended by policy, with the rule", metrics.refused.clone());
         registry.register_with_unit(
             "payload",
-            "Payload of ended connections, by direction",
+            "Payload, by direction; that of the direct path when a connection ends",
             Unit::Bytes,
             metrics.bytes.clone(),
         );
@@ -71,25 +95,59 @@ impl ConnectionMetrics {
     }
 
     pub(super) fn count(&self, service: &str, event: &ConnectionEvent) {
-        let side = Side {
-            service: service.to_owned(),
-            side: if event.inbound { "inbound" } else { "outbound" },
-            path: event.path.as_str(),
-        };
+        let side = Side::of(service, event.inbound, event.path);
         match event.kind {
             ConnectionKind::Open => {
                 self.opened.get_or_create(&side).inc();
-                self.open.get_or_create(&side).inc();
+                if event.path == Path::Direct {
+                    self.open.get_or_create(&side).inc();
+                }
             }
-            ConnectionKind::Close => {
+            ConnectionKind::Close if event.path == Path::Direct => {
                 self.open.get_or_create(&side).dec();
                 self.payload(&side, "to_destination", event.bytes_to_destination);
                 self.payload(&side, "to_source", event.bytes_to_source);
             }
-            ConnectionKind::Refuse => {}
+            ConnectionKind::Close | ConnectionKind::Refuse => {}
         }
         if event.verdict == Verdict::Deny {
             self.refuse(side, event);
+        }
+    }
+
+    pub(super) fn traffic(&self, proxy: &str, service: &str, traffic: &Traffic) {
+        let mut carried = self.carried.lock();
+        for (inbound, now) in [(true, traffic.inbound), (false, traffic.outbound)] {
+            let known = carried.entry((proxy.to_owned(), inbound)).or_insert_with(|| {
+                let side = Side::of(service, inbound, Path::Proxied);
+                Carried { side, last: SideTraffic::default() }
+            });
+            self.carry(known, now);
+        }
+    }
+
+    pub(super) fn no_traffic(&self, proxy: Option<&str>) {
+        self.carried.lock().retain(|(owner, _), known| {
+            let gone = proxy.is_none_or(|proxy| proxy == owner);
+            if gone {
+                self.carry(known, SideTraffic { open: 0, ..known.last });
+            }
+            !gone
+        });
+    }
+
+    fn carry(&self, known: &mut Carried, now: SideTraffic) {
+        let Carried { side, last } = known;
+        let open = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+        self.open.get_or_create(side).inc_by(open(now.open) - open(last.open));
+        last.open = now.open;
+        // Never less: a listener that goes may be missing in one report.
+        for (direction, last, now) in [
+            ("to_destination", &mut last.bytes_to_destination, now.bytes_to_destination),
+            ("to_source", &mut last.bytes_to_source, now.bytes_to_source),
+        ] {
+            self.payload(side, direction, now.saturating_sub(*last));
+            *last = now.max(*last);
         }
     }
 
@@ -103,5 +161,92 @@ impl ConnectionMetrics {
         let reason = event.reason.map_or("unknown", culvert_types::RefusalReason::as_str);
         let rule = event.rule.clone().unwrap_or_default();
         self.refused.get_or_create(&Refusal { service, side, path, reason, rule }).inc();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use culvert_types::SpiffeId;
+
+    use super::*;
+
+    fn metrics() -> (ConnectionMetrics, Registry) {
+        let mut registry = Registry::default();
+        (ConnectionMetrics::register(&mut registry), registry)
+    }
+
+    fn value(registry: &Registry, name: &str, labels: &[&str]) -> i64 {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, registry).expect("text");
+        let is = |line: &&str| {
+            line.split_once('{').is_some_and(|(start, _)| start == name)
+                && labels.iter().all(|label| line.contains(label))
+        };
+        let values = text.lines().filter(is).map(|line| line.rsplit(' ').next().expect("a value"));
+        values.map(|value| value.parse::<i64>().expect("a number")).sum()
+    }
+
+    fn event(kind: ConnectionKind, path: Path) -> ConnectionEvent {
+        ConnectionEvent {
+            at: SystemTime::now(),
+            kind,
+            path,
+            verdict: Verdict::Allow,
+            source: SpiffeId::parse("spiffe://td/ns/default/dc/dc1/svc/web").ok(),
+            destination: None,
+            reporter: "web-sidecar-proxy".to_owned(),
+            inbound: false,
+            rule: None,
+            reason: None,
+            detail: None,
+            peer: None,
+            bytes_to_destination: 5,
+            bytes_to_source: 7,
+            duration: Duration::ZERO,
+        }
+    }
+
+    fn carries(open: u64, bytes: u64) -> Traffic {
+        let outbound = SideTraffic { open, bytes_to_destination: bytes, bytes_to_source: 2 * bytes };
+        Traffic { outbound, ..Traffic::default() }
+    }
+
+    #[test]
+    fn events_count_what_is_direct_and_the_worker_what_it_carries() {
+        let (metrics, registry) = metrics();
+        let direct = ["path=\"direct\"", "service=\"web\""];
+        let proxied = ["path=\"proxied\"", "service=\"web\"", "side=\"outbound\""];
+        for path in [Path::Direct, Path::Proxied] {
+            metrics.count("web", &event(ConnectionKind::Open, path));
+            metrics.count("web", &event(ConnectionKind::Open, path));
+            metrics.count("web", &event(ConnectionKind::Close, path));
+        }
+        assert_eq!(value(&registry, "connections_open", &direct), 1);
+        assert_eq!(value(&registry, "payload_bytes_total", &direct), 12);
+        assert_eq!(value(&registry, "connections_total", &proxied), 2);
+        assert_eq!(value(&registry, "connections_open", &proxied), 0, "whatever is lost or older than the agent");
+        metrics.traffic("web-1", "web", &carries(3, 100));
+        metrics.traffic("web-2", "web", &carries(1, 10));
+        metrics.traffic("web-1", "web", &carries(2, 150));
+        assert_eq!(value(&registry, "connections_open", &proxied), 3, "two instances of one service");
+        let to_destination = [&proxied[..], &["to_destination"]].concat();
+        assert_eq!(value(&registry, "payload_bytes_total", &to_destination), 160, "while they are open");
+    }
+
+    #[test]
+    fn a_proxy_or_worker_that_is_gone_has_nothing_open_and_its_bytes_stay() {
+        let (metrics, registry) = metrics();
+        for proxy in ["web-1", "web-2"] {
+            metrics.traffic(proxy, "web", &carries(4, 100));
+        }
+        metrics.no_traffic(Some("web-1"));
+        assert_eq!(value(&registry, "connections_open", &[]), 4);
+        metrics.no_traffic(None);
+        assert_eq!(value(&registry, "connections_open", &[]), 0);
+        metrics.traffic("web-1", "web", &carries(1, 1)); // the successor counts from zero
+        assert_eq!(value(&registry, "connections_open", &[]), 1);
+        assert_eq!(value(&registry, "payload_bytes_total", &["to_destination"]), 201);
     }
 }

@@ -7,6 +7,7 @@ mod metrics;
 
 use std::sync::Arc;
 
+use culvert_proxy::handoff::Traffic;
 use culvert_types::ConnectionEvent;
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
@@ -39,6 +40,16 @@ impl EventHub {
         self.metrics.count(service, &event);
         // Nobody observing is the usual case, not an error.
         drop(self.observers.send(Arc::new(event)));
+    }
+
+    /// What `proxy` carries for `service`: connections that are open, and bytes since this agent attends to its worker.
+    pub fn traffic(&self, proxy: &str, service: &str, traffic: &Traffic) {
+        self.metrics.traffic(proxy, service, traffic);
+    }
+
+    /// This proxy carries nothing any more, or none does.
+    pub fn no_traffic(&self, proxy: Option<&str>) {
+        self.metrics.no_traffic(proxy);
     }
 
     /// Events the worker could not deliver because its queue was full.

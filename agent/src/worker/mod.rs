@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use culvert_proxy::handoff::ProxyStatus;
+use culvert_proxy::handoff::{ProxyStatus, Traffic};
 use culvert_types::ConnectionEvent;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -52,6 +52,10 @@ pub trait Surroundings: Send + Sync {
     fn inbound_listener(&self, proxy: &str, port: u16, listener: BorrowedFd<'_>);
     /// The worker reports a connection of `service`.
     fn event(&self, service: &str, event: ConnectionEvent);
+    /// What `proxy` carries for `service`.
+    fn traffic(&self, proxy: &str, service: &str, traffic: &Traffic);
+    /// This proxy carries nothing any more, or none does: the worker is gone.
+    fn no_traffic(&self, proxy: Option<&str>);
     /// The worker dropped this many events.
     fn events_lost(&self, count: u64);
 }

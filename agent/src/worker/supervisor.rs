@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use culvert_proxy::handoff::{ProxyStatus, SendError, ToAgent, ToWorker};
-use culvert_types::ConnectionEvent;
+use culvert_types::{ConnectionEvent, ServiceIdentity};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout};
@@ -39,8 +39,16 @@ pub struct Supervisor {
     sockets: Sockets,
     /// Listeners that a re-adopted worker brought, until their proxy is announced again.
     brought: Vec<(String, std::net::SocketAddr, OwnedFd)>,
-    /// Who waits for a proxy to be gone.
-    stopping: BTreeMap<String, oneshot::Sender<()>>,
+    /// Proxies that are being drained.
+    stopping: BTreeMap<String, Stopping>,
+}
+
+/// A proxy that is being drained.
+struct Stopping {
+    /// Not known of a proxy that an earlier agent served.
+    service: Option<String>,
+    /// Waits for the end.
+    done: oneshot::Sender<()>,
 }
 
 /// Why the inner loop returned.
@@ -85,6 +93,7 @@ impl Supervisor {
             });
             let ended = self.attend(&worker).await;
             self.view.send_modify(|view| (view.pid, view.proxies) = (None, BTreeMap::new()));
+            self.surroundings.no_traffic(None);
             match ended {
                 Ended::Shutdown(deadline, done) => return self.shut_down(worker, deadline, done).await,
                 Ended::WorkerGone => worker.end().await,
@@ -184,12 +193,13 @@ impl Supervisor {
     ) -> Result<(), ()> {
         let brought = self.brought.iter().any(|(owner, ..)| *owner == proxy);
         self.brought.retain(|(owner, ..)| *owner != proxy);
-        if self.sockets.get(&proxy).is_none() && !brought {
+        let service = self.sockets.get(&proxy).map(|served| served.service.clone());
+        if service.is_none() && !brought {
             tell(done);
             return Ok(());
         }
         self.sockets.remove(&proxy);
-        self.stopping.insert(proxy.clone(), done);
+        self.stopping.insert(proxy.clone(), Stopping { service, done });
         let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
         self.send(worker, &ToWorker::Stop { proxy, deadline_ms }, &[]).await
     }
@@ -234,10 +244,17 @@ impl Supervisor {
                 self.status(status);
                 Ok(())
             }
+            ToAgent::Traffic { proxy, traffic } => {
+                if let Some(service) = self.service_of(&proxy) {
+                    self.surroundings.traffic(&proxy, service, &traffic);
+                }
+                Ok(())
+            }
             ToAgent::Stopped { proxy } => {
                 self.view.send_modify(|view| drop(view.proxies.remove(&proxy)));
-                if let Some(done) = self.stopping.remove(&proxy) {
-                    tell(done);
+                self.surroundings.no_traffic(Some(&proxy));
+                if let Some(stopping) = self.stopping.remove(&proxy) {
+                    tell(stopping.done);
                 }
                 Ok(())
             }
@@ -288,11 +305,16 @@ impl Supervisor {
             Ok(event) => event,
             Err(error) => return warn!(%error, "the worker sent an event that is not understood"),
         };
-        match self.sockets.get(&event.reporter) {
-            Some(served) => self.surroundings.event(&served.service, event),
-            // A connection may end after its proxy was stopped.
-            None => self.surroundings.event("", event),
-        }
+        // By the name in its certificate: a connection may end after its proxy was stopped, or before it is served again.
+        let own = if event.inbound { &event.destination } else { &event.source };
+        let named = own.clone().and_then(|id| ServiceIdentity::try_from(id).ok()).map(|id| id.service.to_string());
+        let service = named.or_else(|| self.service_of(&event.reporter).map(str::to_owned)).unwrap_or_default();
+        self.surroundings.event(&service, event);
+    }
+
+    fn service_of(&self, proxy: &str) -> Option<&str> {
+        let served = self.sockets.get(proxy).map(|served| served.service.as_str());
+        served.or_else(|| self.stopping.get(proxy)?.service.as_deref())
     }
 
     fn status(&self, status: ProxyStatus) {

@@ -159,6 +159,13 @@ pub enum ToAgent {
     },
     /// State of one proxy, sent whenever it changes.
     Status(ProxyStatus),
+    /// What one proxy carries. Sent every few seconds while it has connections, and before [`Self::Stopped`].
+    Traffic {
+        /// Catalog ID of the sidecar.
+        proxy: String,
+        /// Both sides.
+        traffic: Traffic,
+    },
     /// The proxy was drained and is gone: all its sockets are closed.
     Stopped {
         /// Catalog ID of the sidecar.
@@ -182,6 +189,28 @@ pub struct ProxyStatus {
     pub certificate_not_after: Option<u64>,
     /// Configuration is there and every listener accepts.
     pub ready: bool,
+}
+
+/// What a proxy carries, by side.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Traffic {
+    /// From the mesh to the application.
+    pub inbound: SideTraffic,
+    /// From the application to upstreams.
+    pub outbound: SideTraffic,
+}
+
+/// What one side of a proxy carries.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SideTraffic {
+    /// Connections that are open now.
+    pub open: u64,
+    /// Payload toward the called application since this agent came, in bytes, of open and ended connections.
+    pub bytes_to_destination: u64,
+    /// Payload toward the caller, likewise.
+    pub bytes_to_source: u64,
 }
 
 /// State of one listener.

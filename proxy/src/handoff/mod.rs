@@ -12,7 +12,8 @@ mod messages;
 mod socket;
 
 pub use messages::{
-    EventError, EventRecord, Family, ListenerStatus, MAX_APP_SOCKETS, Nack, ProxyStatus, Secret, ToAgent, ToWorker,
+    EventError, EventRecord, Family, ListenerStatus, MAX_APP_SOCKETS, Nack, ProxyStatus, Secret, SideTraffic, ToAgent,
+    ToWorker, Traffic,
 };
 pub use socket::{
     ADOPTION_SOCKET, AdoptionListener, ControlSocket, MAX_DESCRIPTORS, MAX_MESSAGE, Message, PeerCredentials,

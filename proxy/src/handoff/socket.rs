@@ -51,6 +51,7 @@ impl Message for ToAgent {
             | Self::Event(_)
             | Self::EventsLost { .. }
             | Self::Status(_)
+            | Self::Traffic { .. }
             | Self::Stopped { .. } => 0,
         }
     }

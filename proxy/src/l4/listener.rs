@@ -15,11 +15,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use super::copy::Traffic;
 use super::live::{Live, Refusal, Story};
 use super::socket::{Connection, prepare};
-use super::{inbound, outbound};
+use super::{inbound, outbound, tally};
 use crate::balance::Destination;
 use crate::config::{self, Direction};
+use crate::handoff;
 use crate::proxy::Context;
 use crate::rbac::{self, RbacDecision};
 use crate::threads::ThreadPlace;
@@ -63,6 +65,8 @@ pub(crate) struct Shared {
     pub(crate) context: Arc<Context>,
     pub(crate) state: ArcSwap<State>,
     open: Mutex<HashMap<u64, Arc<Live>>>,
+    /// Bytes of connections that ended: to the tunnel, to the application. Written under the lock of `open`.
+    ended: [AtomicU64; 2],
     next: AtomicU64,
     /// Cancelled when the last connection of a closed listener is gone.
     empty: CancellationToken,
@@ -88,11 +92,13 @@ impl Listener {
             context,
             state: ArcSwap::from_pointee(state),
             open: Mutex::default(),
+            ended: Default::default(),
             next: AtomicU64::new(0),
             empty: CancellationToken::new(),
             closed: CancellationToken::new(),
             stopped: CancellationToken::new(),
         });
+        shared.context.tally.add(&shared);
         let place = shared.context.threads.place();
         let accepting = Arc::clone(&shared);
         let stopped = shared.stopped.clone().drop_guard();
@@ -230,12 +236,38 @@ impl Shared {
         story
     }
 
+    /// Adds what is carried here.
+    pub(super) fn count(&self, traffic: &mut handoff::Traffic) {
+        let direction = self.state.load().config.direction;
+        let side = tally::side(traffic, direction);
+        let open = self.open.lock();
+        let [mut to_tunnel, mut to_app] = self.ended.each_ref().map(|bytes| bytes.load(Relaxed));
+        for live in open.values() {
+            to_tunnel += live.traffic.to_tunnel.load(Relaxed);
+            to_app += live.traffic.to_app.load(Relaxed);
+            side.open += u64::from(live.open.load(Relaxed));
+        }
+        drop(open);
+        let (to_destination, to_source) = match direction {
+            Direction::Inbound => (to_app, to_tunnel),
+            Direction::Outbound => (to_tunnel, to_app),
+        };
+        side.bytes_to_destination += to_destination;
+        side.bytes_to_source += to_source;
+    }
+
     /// Notes who the peer is and returns the state to judge it by: one that [`Listener::update`] cannot slip past.
     pub(super) fn identify(&self, live: &Live, peer: PeerIdentity) -> Arc<State> {
         let open = self.open.lock();
         let _only_set_here = live.identity.set(peer);
         drop(open);
         self.state.load_full()
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.context.tally.keep(self);
     }
 }
 
@@ -250,6 +282,10 @@ impl Drop for Entry {
     fn drop(&mut self) {
         let mut open = self.shared.open.lock();
         open.remove(&self.id);
+        let Traffic { to_tunnel, to_app } = &self.live.traffic;
+        for (sum, bytes) in self.shared.ended.iter().zip([to_tunnel, to_app]) {
+            sum.store(sum.load(Relaxed) + bytes.load(Relaxed), Relaxed);
+        }
         if open.is_empty() && self.shared.stopped.is_cancelled() {
             self.shared.empty.cancel();
         }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::OnceLock;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Instant, SystemTime};
 
 use culvert_types::{ConnectionEvent, ConnectionKind, Path, RefusalReason, SpiffeId, Verdict};
@@ -21,6 +21,8 @@ pub(crate) struct Live {
     /// Who the TLS client is, on inbound connections, once the handshake is done. Set under the registry's lock.
     pub(crate) identity: OnceLock<PeerIdentity>,
     pub(crate) traffic: Traffic,
+    /// It was let through.
+    pub(crate) open: AtomicBool,
     pub(crate) task: OnceLock<AbortHandle>,
     /// Why it was ended from outside, and the rule behind it.
     ended: OnceLock<(Option<RefusalReason>, String)>,
@@ -34,6 +36,7 @@ impl Live {
             local,
             identity: OnceLock::new(),
             traffic: Traffic::default(),
+            open: AtomicBool::new(false),
             task: OnceLock::new(),
             ended: OnceLock::new(),
             accepted: Instant::now(),
@@ -84,6 +87,7 @@ impl<'a> Story<'a> {
     /// Let through and established.
     pub(crate) fn open(&mut self) {
         self.opened = true;
+        self.live.open.store(true, Relaxed);
         self.emit(ConnectionKind::Open, Verdict::Allow, None, None);
     }
 

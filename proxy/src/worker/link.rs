@@ -57,6 +57,10 @@ impl Link {
         self.connected.store(true, Ordering::SeqCst);
     }
 
+    pub(super) fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::SeqCst)
+    }
+
     /// The agent is gone: nobody will answer what is still open.
     pub(super) fn disconnected(&self) {
         self.connected.store(false, Ordering::SeqCst);
@@ -78,7 +82,7 @@ impl Link {
 
     /// Asks for sockets without waiting for them.
     pub(super) fn ask_app_sockets(&self, proxy: &str, family: Family, count: u16) -> io::Result<()> {
-        if !self.connected.load(Ordering::SeqCst) {
+        if !self.is_connected() {
             return Err(away());
         }
         let message = ToAgent::MoreAppSockets { proxy: proxy.to_owned(), family, count };
@@ -91,7 +95,7 @@ impl Link {
         let (answer, answered) = oneshot::channel();
         self.waiting.lock().insert(number, answer);
         let _forget = Forget { link: self, number };
-        if !self.connected.load(Ordering::SeqCst) {
+        if !self.is_connected() {
             return Err(away());
         }
         let asked = self.outgoing.try_send(message(number));

@@ -23,6 +23,7 @@ use tracing::{error, info, warn};
 
 pub use pool::{APP_SOCKET_WAIT, BATCH, LOW_WATER};
 pub use privilege::{NOBODY, PrivilegeError, drop_all};
+pub use proxies::TRAFFIC_INTERVAL;
 
 use crate::events::{EventReader, Events};
 use crate::handoff::{ADOPTION_SOCKET, ControlSocket, EventRecord, ReceiveError, SendError, ToAgent, ToWorker};
@@ -187,7 +188,10 @@ async fn obey(agent: &ControlSocket, link: &Link, proxies: &mut Proxies) -> End 
                 }
                 Err(error) => error!(%error, "the agent sent what is not understood"),
             },
-            Some(proxy) = proxies.next_gone() => link.tell(ToAgent::Stopped { proxy }).await,
+            Some((proxy, traffic)) = proxies.next_gone() => {
+                link.tell(ToAgent::Traffic { proxy: proxy.clone(), traffic }).await;
+                link.tell(ToAgent::Stopped { proxy }).await;
+            }
             () = sleep_until(renamed_by), if proxies.any_unnamed() => proxies.stop_unnamed(ORPHAN_DRAIN),
         }
     }

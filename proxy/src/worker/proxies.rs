@@ -6,16 +6,21 @@ use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 use tracing::{info, warn};
 
 use super::Parcel;
 use super::link::{AgentDial, Link};
 use super::pool::{HandedSockets, Pool};
 use crate::events::Events;
-use crate::handoff::{ProxyStatus, Secret, ToAgent};
+use crate::handoff::{ProxyStatus, Secret, ToAgent, Traffic};
+use crate::l4::Tally;
 use crate::proxy::{Feed, Proxy};
 use crate::threads::Placement;
 use crate::xds::{Node, Token, XdsChannel, XdsClient};
+
+/// How often an agent hears what a proxy carries.
+pub const TRAFFIC_INTERVAL: Duration = Duration::from_secs(2);
 
 /// One proxy at work.
 struct Served {
@@ -23,6 +28,7 @@ struct Served {
     /// Taken when it is told to stop.
     stop: Option<oneshot::Sender<Duration>>,
     status: watch::Receiver<ProxyStatus>,
+    tally: Arc<Tally>,
     /// The present agent wants it.
     named: bool,
 }
@@ -76,13 +82,14 @@ impl Proxies {
         let (publish, status) = watch::channel(ProxyStatus { proxy: proxy.to_owned(), ..ProxyStatus::default() });
         let (stop, stopped) = oneshot::channel();
         let feed = Feed { config: client.config(), status: client.status() };
-        tokio::spawn(report(Arc::clone(&self.link), status.clone()));
+        let tally = runs.tally();
+        tokio::spawn(report(Arc::clone(&self.link), status.clone(), Arc::clone(&tally)));
         let id = proxy.to_owned();
         self.running.spawn(async move {
             runs.run(feed, publish, stopped).await;
             id
         });
-        self.served.insert(proxy.to_owned(), Served { client, stop: Some(stop), status, named: true });
+        self.served.insert(proxy.to_owned(), Served { client, stop: Some(stop), status, tally, named: true });
     }
 
     /// Drains `proxy`.
@@ -113,8 +120,8 @@ impl Proxies {
         self.draining && self.running.is_empty()
     }
 
-    /// The next proxy that is gone; `None` while none runs. Cancel-safe.
-    pub(super) async fn next_gone(&mut self) -> Option<String> {
+    /// The next proxy that is gone, and what it carried; `None` while none runs. Cancel-safe.
+    pub(super) async fn next_gone(&mut self) -> Option<(String, Traffic)> {
         let proxy = match self.running.join_next().await? {
             Ok(proxy) => proxy,
             Err(error) => {
@@ -123,10 +130,10 @@ impl Proxies {
                 self.served.iter().find(|(_, served)| failed(served))?.0.clone()
             }
         };
-        self.served.remove(&proxy);
+        let traffic = self.served.remove(&proxy).map(|served| served.tally.read()).unwrap_or_default();
         self.link.pools.lock().remove(&proxy);
         self.link.held.lock().retain(|(owner, _), _| *owner != proxy);
-        Some(proxy)
+        Some((proxy, traffic))
     }
 
     /// Asks for the configuration at once: there is an agent again.
@@ -151,9 +158,12 @@ impl Proxies {
         self.served.values().filter_map(|served| served.status.borrow().certificate_not_after).max()
     }
 
-    /// A new agent has to name every proxy again.
+    /// A new agent has to name every proxy again, and counts from zero.
     pub(super) fn unname(&mut self) {
-        self.served.values_mut().for_each(|served| served.named = false);
+        for served in self.served.values_mut() {
+            served.named = false;
+            served.tally.count_anew();
+        }
     }
 
     pub(super) fn any_unnamed(&self) -> bool {
@@ -169,10 +179,29 @@ impl Proxies {
     }
 }
 
-/// Tells the agent every state, until the proxy is gone.
-async fn report(link: Arc<Link>, mut status: watch::Receiver<ProxyStatus>) {
-    while status.changed().await.is_ok() {
-        let now = status.borrow_and_update().clone();
-        link.tell(ToAgent::Status(now)).await;
+/// Tells the agent every state, and what is carried, until the proxy is gone.
+async fn report(link: Arc<Link>, mut status: watch::Receiver<ProxyStatus>, tally: Arc<Tally>) {
+    let proxy = status.borrow().proxy.clone();
+    let mut told = Traffic::default();
+    let mut due = tokio::time::interval(TRAFFIC_INTERVAL);
+    due.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            changed = status.changed() => match changed {
+                Ok(()) => {
+                    let now = status.borrow_and_update().clone();
+                    link.tell(ToAgent::Status(now)).await;
+                }
+                Err(_) => return,
+            },
+            _ = due.tick(), if link.is_connected() => {
+                let traffic = tally.read();
+                // Repeated while there is something: an agent that has just come does not know every proxy yet.
+                if traffic != told || traffic.inbound.open + traffic.outbound.open > 0 {
+                    link.tell(ToAgent::Traffic { proxy: proxy.clone(), traffic }).await;
+                    told = traffic;
+                }
+            }
+        }
     }
 }

@@ -6,7 +6,9 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use culvert_proxy::handoff::{AdoptionListener, ControlSocket, EventRecord, Family, ProxyStatus, ToAgent, ToWorker};
+use culvert_proxy::handoff::{
+    AdoptionListener, ControlSocket, EventRecord, Family, ProxyStatus, ToAgent, ToWorker, Traffic,
+};
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment;
 use envoy_types::pb::envoy::config::listener::v3::Listener;
@@ -44,6 +46,7 @@ impl Setup {
 struct Seen {
     events: Vec<EventRecord>,
     status: Option<ProxyStatus>,
+    traffic: Traffic,
     stopped: Vec<String>,
     adopted: usize,
     /// Listening sockets outlive a worker, by address.
@@ -165,6 +168,11 @@ impl Agent {
 
     pub(crate) fn count(&self, wanted: impl Fn(&EventRecord) -> bool) -> usize {
         self.seen.lock().events.iter().filter(|event| wanted(event)).count()
+    }
+
+    /// What the proxy last said that it carries.
+    pub(crate) fn traffic(&self) -> Traffic {
+        self.seen.lock().traffic
     }
 
     pub(crate) fn stopped(&self) -> Vec<String> {
@@ -289,6 +297,7 @@ fn note(seen: &Mutex<Seen>, message: ToAgent, descriptors: Vec<OwnedFd>) {
     match message {
         ToAgent::Event(event) => seen.events.push(event),
         ToAgent::Status(status) => seen.status = Some(status),
+        ToAgent::Traffic { traffic, .. } => seen.traffic = traffic,
         ToAgent::Stopped { proxy } => seen.stopped.push(proxy),
         ToAgent::Adopt { address, .. } => {
             assert_eq!(descriptors.len(), 1);

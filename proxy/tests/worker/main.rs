@@ -13,7 +13,7 @@ use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use culvert_proxy::handoff::ToAgent;
+use culvert_proxy::handoff::{SideTraffic, ToAgent};
 use culvert_types::RefusalReason;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -103,6 +103,25 @@ async fn the_worker_outlives_its_agent_and_is_taken_over() {
         next.count(|event| event.reason.as_deref() == Some(RefusalReason::Revoked.as_str())) > 0
     })
     .await;
+}
+
+#[tokio::test]
+async fn each_agent_hears_what_is_carried_since_it_came() {
+    let agent = Agent::start(Setup::new("traffic", echo().await)).await;
+    let mut client = call(agent.upstream());
+    ping(&mut client).await.expect("echo");
+    let carries = |open, bytes| SideTraffic { open, bytes_to_destination: bytes, bytes_to_source: bytes };
+    eventually("the open connection and its bytes", || agent.traffic().inbound == carries(1, 13)).await;
+    let orphan = agent.die();
+    ping(&mut client).await.expect("nobody hears of these bytes");
+    let mut agent = orphan.adopt().await;
+    eventually("the connection is still open", || agent.traffic().outbound == carries(1, 0)).await;
+    ping(&mut client).await.expect("echo");
+    drop(client);
+    agent.drain(Duration::from_secs(60)).await;
+    agent.wait_for_worker().await;
+    eventually("the last word", || agent.stopped() == ["api-sidecar-proxy"]).await;
+    assert_eq!(agent.traffic().inbound, carries(0, 13));
 }
 
 #[tokio::test]
