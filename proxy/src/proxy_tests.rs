@@ -276,12 +276,18 @@ async fn what_is_carried_is_known_while_it_is_and_afterwards() {
 #[tokio::test]
 async fn a_denied_connection_is_reset_and_told_with_its_rule() {
     let mut mesh = Mesh::start(&["admin"]).await;
-    let mut client = mesh.client();
-    assert_eq!(end(&mut client).await, Err(ErrorKind::ConnectionReset));
-    let event = mesh.inbound.next(ConnectionKind::Refuse).await;
-    assert_eq!((event.reason, event.verdict), (Some(RefusalReason::Intention), Verdict::Deny));
-    assert_eq!((event.rule.as_deref(), event.inbound), (Some("default"), true));
-    assert_eq!(event.source.expect("source").to_string(), spiffe("web"));
+    for first in [&b""[..], b"the caller speaks before it is judged"] {
+        let mut client = mesh.client();
+        let _may_be_reset_already = client.write_all(first).await;
+        assert_eq!(end(&mut client).await, Err(ErrorKind::ConnectionReset));
+        let event = mesh.inbound.next(ConnectionKind::Refuse).await;
+        assert_eq!((event.reason, event.verdict), (Some(RefusalReason::Intention), Verdict::Deny));
+        assert_eq!((event.rule.as_deref(), event.inbound), (Some("default"), true));
+        assert_eq!(event.source.expect("source").to_string(), spiffe("web"));
+        // The calling side had opened before it could know, and hears of the verdict, not just of a reset.
+        let told = mesh.outbound.next(ConnectionKind::Close).await;
+        assert_eq!((told.reason, told.verdict), (Some(RefusalReason::Intention), Verdict::Deny), "{told:?}");
+    }
 }
 
 #[tokio::test]
@@ -301,6 +307,8 @@ async fn a_policy_that_turns_to_deny_ends_live_connections_and_only_those_it_den
     assert_eq!((event.reason, event.verdict), (Some(RefusalReason::Revoked), Verdict::Deny));
     assert_eq!(event.source.expect("source").to_string(), spiffe("web"));
     assert_eq!(event.bytes_to_destination, 5);
+    let told = mesh.outbound.next(ConnectionKind::Close).await;
+    assert_eq!((told.reason, told.verdict), (Some(RefusalReason::Revoked), Verdict::Deny), "the caller hears why");
     assert_eq!(end(&mut mesh.client()).await, Err(ErrorKind::ConnectionReset), "new ones neither");
     mesh.inbound.change(|listener, _| listener.rbac = allow(&["web"]));
     let again = async {

@@ -24,6 +24,7 @@ use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
+use super::live::Live;
 use crate::tls::{MAX_PLAINTEXT, MAX_RECORD, RecordError, Session};
 
 /// Most bytes taken from a socket at once.
@@ -50,6 +51,13 @@ pub(crate) enum CopyError {
     Record(#[from] RecordError),
 }
 
+impl CopyError {
+    /// The peer said that its policy denies us.
+    pub(crate) fn is_denial(&self) -> bool {
+        matches!(self, Self::Record(error) if error.is_denial())
+    }
+}
+
 /// Payload that passed, readable at any time.
 #[derive(Debug, Default)]
 pub(crate) struct Traffic {
@@ -59,15 +67,16 @@ pub(crate) struct Traffic {
     pub(crate) to_app: AtomicU64,
 }
 
-/// Copies until both sides have closed. `early` is what was read behind the handshake.
+/// Copies until both sides have closed. `early` is what was read behind the handshake. If this future is dropped while `live`
+/// is revoked, the peer is told that it was denied.
 pub(crate) async fn copy(
     app: &TcpStream,
     tunnel: &TcpStream,
     session: Session,
     early: Vec<u8>,
-    traffic: &Traffic,
+    live: &Live,
 ) -> Result<(), CopyError> {
-    let mut pump = Pump::new(app, tunnel, session, early, traffic);
+    let mut pump = Pump::new(app, tunnel, session, early, live);
     let mut app_broke = pin!(app.ready(Interest::ERROR));
     let mut tunnel_broke = pin!(tunnel.ready(Interest::ERROR));
     poll_fn(|cx| {
@@ -122,6 +131,7 @@ struct Pump<'a> {
     app: &'a TcpStream,
     tunnel: &'a TcpStream,
     session: Session,
+    live: &'a Live,
     traffic: &'a Traffic,
     up: Flow,
     down: Flow,
@@ -136,12 +146,13 @@ struct Pump<'a> {
 }
 
 impl<'a> Pump<'a> {
-    fn new(app: &'a TcpStream, tunnel: &'a TcpStream, session: Session, early: Vec<u8>, traffic: &'a Traffic) -> Self {
+    fn new(app: &'a TcpStream, tunnel: &'a TcpStream, session: Session, early: Vec<u8>, live: &'a Live) -> Self {
         Self {
             app,
             tunnel,
             session,
-            traffic,
+            live,
+            traffic: &live.traffic,
             up: Flow::Open,
             down: Flow::Open,
             to_tunnel: Kept::default(),
@@ -244,6 +255,22 @@ impl<'a> Pump<'a> {
             self.partial.clear();
             self.partial.extend_from_slice(rest);
         }
+    }
+}
+
+impl Drop for Pump<'_> {
+    fn drop(&mut self) {
+        // Behind part of a record an alert would make no sense.
+        if self.live.is_revoked() && self.up == Flow::Open && self.to_tunnel.is_empty() {
+            deny(self.tunnel, &mut self.session);
+        }
+    }
+}
+
+/// Tells the peer that policy denies it, if that can be said at once. Without it the reset that follows says nothing of why.
+pub(super) fn deny(tunnel: &TcpStream, session: &mut Session) {
+    if let Ok(record) = session.seal_denial() {
+        let _peer_may_be_gone = tunnel.try_write(&record);
     }
 }
 

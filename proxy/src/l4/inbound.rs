@@ -7,7 +7,7 @@ use culvert_types::RefusalReason;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::copy::copy;
+use super::copy::{copy, deny};
 use super::listener::{Shared, State};
 use super::live::{Refusal, Story};
 use super::socket::Connection;
@@ -32,7 +32,7 @@ pub(super) async fn carry(shared: &Shared, mut story: Story<'_>, tunnel: Connect
         }
     };
     story.open();
-    match copy(&app, &tunnel, session, early, &story.live.traffic).await {
+    match copy(&app, &tunnel, session, early, story.live).await {
         Ok(()) => {
             app.finish();
             tunnel.finish();
@@ -60,7 +60,7 @@ async fn establish(
     story: &mut Story<'_>,
     tunnel: &TcpStream,
 ) -> Result<(Established, Connection, Place), (Refusal, End)> {
-    let established = match timeout(HANDSHAKE_TIMEOUT, handshake(shared, tunnel)).await {
+    let mut established = match timeout(HANDSHAKE_TIMEOUT, handshake(shared, tunnel)).await {
         Ok(Ok(established)) => established,
         Ok(Err(error)) => {
             let end = if matches!(error, HandshakeError::Silent) { End::Silent } else { End::Orderly };
@@ -79,7 +79,8 @@ async fn establish(
     let detail = format!("{peer} is not allowed");
     story.rule = Some(rule);
     if !decision.allowed {
-        return Err(reset(Refusal::new(RefusalReason::Intention, detail)));
+        deny(tunnel, &mut established.session);
+        return Err((Refusal::new(RefusalReason::Intention, detail), End::Orderly));
     }
     let (app, place) = connect_app(shared, &state).await.map_err(reset)?;
     Ok((established, app, place))

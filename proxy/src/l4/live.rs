@@ -50,6 +50,11 @@ impl Live {
             task.abort();
         }
     }
+
+    /// It was ended because policy changed.
+    pub(crate) fn is_revoked(&self) -> bool {
+        self.ended.get().is_some_and(|(reason, _)| *reason == Some(RefusalReason::Revoked))
+    }
 }
 
 /// Why a connection is not let through.
@@ -106,6 +111,14 @@ impl<'a> Story<'a> {
     pub(crate) fn close(mut self, detail: Option<String>) {
         self.told = true;
         self.emit(ConnectionKind::Close, Verdict::Allow, None, detail);
+    }
+
+    /// Ended by the policy of the other side, before anything came from there or later.
+    pub(crate) fn denied(mut self, detail: String) {
+        self.told = true;
+        let heard = self.live.traffic.to_app.load(Relaxed) > 0;
+        let reason = if heard { RefusalReason::Revoked } else { RefusalReason::Intention };
+        self.emit(ConnectionKind::Close, Verdict::Deny, Some(reason), Some(detail));
     }
 
     fn emit(&self, kind: ConnectionKind, verdict: Verdict, reason: Option<RefusalReason>, detail: Option<String>) {

@@ -30,7 +30,7 @@ pub(super) async fn carry(shared: &Shared, mut story: Story<'_>, app: Connection
     story.destination = Some(peer.id().clone());
     drop(peer);
     story.open();
-    match copy(&app, &tunnel, session, early, &story.live.traffic).await {
+    match copy(&app, &tunnel, session, early, story.live).await {
         Ok(()) => {
             app.finish();
             tunnel.finish();
@@ -38,7 +38,8 @@ pub(super) async fn carry(shared: &Shared, mut story: Story<'_>, app: Connection
         }
         Err(error) => {
             drop((app, tunnel));
-            story.close(Some(error.to_string()));
+            // In TLS 1.3 the called side judges after we have opened.
+            if error.is_denial() { story.denied(error.to_string()) } else { story.close(Some(error.to_string())) }
         }
     }
 }

@@ -49,6 +49,13 @@ pub(crate) enum RecordError {
     KeyUsedUp,
 }
 
+impl RecordError {
+    /// The peer's policy denies us.
+    pub(crate) fn is_denial(&self) -> bool {
+        matches!(self, Self::Alert(AlertDescription::AccessDenied))
+    }
+}
+
 /// rustls' state for the derivation of further keys.
 pub(super) enum Kernel {
     Client(KernelConnection<ClientConnectionData>),
@@ -183,6 +190,11 @@ impl Session {
     /// The record that says that no more payload follows (RFC 8446 §6.1).
     pub(crate) fn seal_close(&mut self) -> Result<Vec<u8>, RecordError> {
         self.seal_one(ContentType::Alert, &[1, u8::from(AlertDescription::CloseNotify)])
+    }
+
+    /// The record that says that the peer is who it says and still not let in (RFC 8446 §6.2); nothing may follow it.
+    pub(crate) fn seal_denial(&mut self) -> Result<Vec<u8>, RecordError> {
+        self.seal_one(ContentType::Alert, &[2, u8::from(AlertDescription::AccessDenied)])
     }
 
     fn seal_one(&mut self, kind: ContentType, payload: &[u8]) -> Result<Vec<u8>, RecordError> {
