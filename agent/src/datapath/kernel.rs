@@ -9,8 +9,11 @@ use aya::{Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned};
 use culvert_ebpf_common::{
     Address, Auth, FlowKey, ListenerKey, PortKey, PortRule, Quota, Settings, Upstream, UpstreamKey, Workload, map,
 };
+use tokio::task::AbortHandle;
+use tracing::warn;
 
 use super::config::DatapathUnavailable;
+use super::log;
 use super::pins::Generation;
 
 /// The kernel programs, built by `cargo xtask ebpf`.
@@ -40,14 +43,34 @@ pub(super) struct Kernel {
     pub(super) quota: HashMap<MapData, u32, Quota>,
     pub(super) settings: Array<MapData, Settings>,
     pub(super) lost: PerCpuArray<MapData, u64>,
+    /// Passes log lines on, if there are any.
+    lines: Option<AbortHandle>,
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        self.lines.iter().for_each(AbortHandle::abort);
+    }
 }
 
 impl Kernel {
     /// Loads the object with the maps of `generation`, making those that are not there, and has every program verified.
     pub(super) fn load(generation: &Generation) -> Result<(Self, RingBuf<MapData>), DatapathUnavailable> {
+        let level = log::level();
+        Self::load_with(generation, level).or_else(|error| {
+            if level == log::OFF {
+                return Err(error);
+            }
+            // Nobody shall lose the direct path because he wants to know more about it.
+            warn!(%error, "the kernel programs are loaded without their log lines");
+            Self::load_with(generation, log::OFF)
+        })
+    }
+
+    fn load_with(generation: &Generation, level: u8) -> Result<(Self, RingBuf<MapData>), DatapathUnavailable> {
         let paths = map::ALL.map(|name| (name, generation.map(name)));
         let mut loader = EbpfLoader::new();
-        loader.verifier_log_level(VerifierLogLevel::DEBUG);
+        loader.verifier_log_level(VerifierLogLevel::DEBUG).override_global(log::LEVEL, &level, true);
         for (name, path) in &paths {
             loader.map_pin_path(name, path.as_path());
         }
@@ -56,6 +79,7 @@ impl Kernel {
             let program = ebpf.program_mut(name).ok_or_else(|| DatapathUnavailable::missing("program", name))?;
             load_program(program).map_err(|error| DatapathUnavailable::new(&format!("load program {name}"), &error))?;
         }
+        let lines = if level == log::OFF { None } else { log::follow(&mut ebpf).ok() };
         let events = typed(&mut ebpf, map::EVENTS)?;
         let kernel = Self {
             upstream: typed(&mut ebpf, map::UPSTREAM)?,
@@ -69,6 +93,7 @@ impl Kernel {
             quota: typed(&mut ebpf, map::QUOTA)?,
             settings: typed(&mut ebpf, map::SETTINGS)?,
             lost: typed(&mut ebpf, map::LOST)?,
+            lines,
             ebpf,
         };
         Ok((kernel, events))

@@ -16,6 +16,7 @@ mod config;
 mod event;
 mod kernel;
 mod listeners;
+mod log;
 mod netns;
 mod pins;
 mod probe;

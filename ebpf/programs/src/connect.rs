@@ -4,6 +4,7 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_sock;
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_sk_storage_delete};
 use aya_ebpf::programs::SockAddrContext;
+use aya_log_ebpf::debug;
 use culvert_ebpf_common::event::PROTOCOL_TCP;
 use culvert_ebpf_common::{
     Address, Connection, EventKind, FAMILY_V4, FAMILY_V6, FlowKey, Instance, MAX_INSTANCES, PHASE_CHOSEN, UpstreamKey,
@@ -102,7 +103,11 @@ fn choose(ctx: &SockAddrContext, asked: Address, bound: Address, family: u8) -> 
     let settings = SETTINGS.get(0)?;
     let entry = upstream(&key, settings, now())?;
     let source = workload_by_netns(netns_cookie)?;
-    if !source.ready() || !may_leave(ctx, source, &bound) || over_quota(source.id, settings.auth_cap) {
+    if !source.ready() || !may_leave(ctx, source, &bound) {
+        return None;
+    }
+    if over_quota(source.id, settings.auth_cap) {
+        debug!(ctx, "workload {} has as many half-open connections as it may: proxied", source.id);
         return None;
     }
 

@@ -5,6 +5,7 @@
 //! nothing in but what goes on already.
 
 use aya_ebpf::programs::TcContext;
+use aya_log_ebpf::debug;
 use culvert_ebpf_common::event::{PROTOCOL_TCP, PROTOCOL_UDP};
 use culvert_ebpf_common::{
     Address, Admission, Arrival, EventKind, FlowKey, Mac, Source, WORKLOAD_LOOKUP, Workload, admit,
@@ -20,7 +21,11 @@ const MAX_OPTIONS: u32 = 4;
 /// A packet from the workload: may it pass?
 #[inline(always)]
 pub fn from_workload(ctx: &TcContext) -> bool {
-    let Some(workload) = workload_by_interface(field!(ctx.skb.skb, ifindex)) else { return false };
+    let interface = field!(ctx.skb.skb, ifindex);
+    let Some(workload) = workload_by_interface(interface) else {
+        debug!(ctx, "a frame from interface {}, which is no workload's, is dropped", interface);
+        return false;
+    };
     let Some(ethernet) = Ethernet::read(ctx) else { return false };
     let kind = ethernet.kind();
     let own_mac = ethernet.source.same(&workload.mac);

@@ -9,6 +9,7 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sock_hash_update};
 use aya_ebpf::programs::SockOpsContext;
+use aya_log_ebpf::debug;
 use culvert_ebpf_common::account::state;
 use culvert_ebpf_common::{
     Address, Auth, ByteCounters, Connection, EventKind, FAMILY_V4, FAMILY_V6, FlowKey, LISTENER_SLOTS, ListenerKey,
@@ -60,6 +61,7 @@ fn connecting(ctx: &SockOpsContext) {
     };
     // Without the callback on the close nobody would give the quota back.
     if ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32).is_err() || AUTH.insert(&flow, &auth, 0).is_err() {
+        debug!(ctx, "no leave for a connection of workload {}: it will be refused", connection.source_workload);
         return;
     }
     connection.flow = flow;
@@ -147,6 +149,7 @@ fn listening(ctx: &SockOpsContext) {
         }
         slot += 1;
     }
+    debug!(ctx, "workload {} listens on port {} more often than there are slots", workload.id, port);
 }
 
 /// What is kept with the context's socket.
