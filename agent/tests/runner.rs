@@ -14,14 +14,14 @@ use culvert_agent::runner::{
 };
 use culvert_agent::task::ExecutorCommand;
 use culvert_agent::worker::{self, Surroundings, WorkerSettings};
-use culvert_agent::workload::{AllocId, Network, listen};
+use culvert_agent::workload::{AllocId, Network, NetworkSettings, listen};
 use culvert_control::{Control, ControlConfig};
 use culvert_jobspec::{Job, NodeContext};
 use culvert_types::{ConnectionEvent, Datacenter, HealthStatus};
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
-use workload_world::{World, eventually, in_world};
+use workload_world::{World, eventually, in_world, run};
 
 /// No worker runs here.
 struct NoWorker;
@@ -34,7 +34,12 @@ impl Surroundings for NoWorker {
 }
 
 async fn node(world: &World) -> Arc<NodeServices> {
-    let settings = world.settings();
+    node_with(world.settings(), Handle::current()).await
+}
+
+/// Allocations live on `runtime`.
+async fn node_with(settings: NetworkSettings, runtime: Handle) -> Arc<NodeServices> {
+    let cgroup_parent = settings.cgroup_parent.clone();
     let data_dir = settings.data_dir.clone();
     let id = "d5c8c2f4-0000-4000-8000-000000000001";
     let config = ControlConfig::dev("n1", id, Datacenter::new("dc1").expect("a name"));
@@ -43,7 +48,7 @@ async fn node(world: &World) -> Arc<NodeServices> {
     let worker = WorkerSettings { data_dir: data_dir.clone(), node: "n1".to_owned(), log: "info".to_owned() };
     let (_never_run, worker) = worker::supervisor(worker, Arc::new(NoWorker));
     Arc::new(NodeServices {
-        runtime: Handle::current(),
+        runtime,
         network: Arc::new(Network::open(settings).await.expect("a network")),
         policy: PolicyEngine::new(None, control.mesh(), &data_dir),
         control,
@@ -57,13 +62,21 @@ async fn node(world: &World) -> Arc<NodeServices> {
         hurry: CancellationToken::new(),
         advertise: Ipv4Addr::LOCALHOST.into(),
         data_dir,
-        cgroup_parent: world.cgroup_parent.clone(),
+        cgroup_parent,
     })
 }
 
 /// A job of one shell; `task` and `group` are added to their blocks.
 fn job(id: &str, script: &str, task: &str, group: &str) -> Job {
-    let text = format!(
+    parse(&text(id, script, task, group))
+}
+
+fn parse(text: &str) -> Job {
+    culvert_jobspec::parse(text, "job.nomad.hcl", &BTreeMap::new()).unwrap_or_else(|errors| panic!("{errors}"))
+}
+
+fn text(id: &str, script: &str, task: &str, group: &str) -> String {
+    format!(
         r#"job "{id}" {{
   group "g" {{
     network {{
@@ -83,8 +96,7 @@ fn job(id: &str, script: &str, task: &str, group: &str) -> Job {
     }}
   }}
 }}"#
-    );
-    culvert_jobspec::parse(&text, "job.nomad.hcl", &BTreeMap::new()).unwrap_or_else(|errors| panic!("{errors}"))
+    )
 }
 
 fn view(runner: &Runner, id: &str) -> AllocationView {
@@ -220,5 +232,35 @@ fn checks_of_a_service_outside_the_mesh_are_made_inside_and_count() {
         let _listener = listen(&netns, ([127, 0, 0, 1], 8000).into()).await.expect("listens");
         eventually("it passes", async || runner.health(&service) == Some(HealthStatus::Passing)).await;
         runner.stop_all().await;
+    });
+}
+
+#[test]
+fn an_allocation_that_is_stopped_while_it_comes_up_leaves_nothing() {
+    in_world("runner-early-stop", async |world| {
+        let nft = world.dir.join("nft");
+        let script = "#!/bin/sh\necho >> /run/begun\n[ ! -e /run/slow ] || sleep 2\nnft \"$@\"\ncode=$?\necho >> /run/done\nexit $code\n";
+        std::fs::write(&nft, script).expect("a slow nft");
+        run("chmod", &["0755", &nft.to_string_lossy()]);
+        // Blocking steps run beside each other here, as in the agent.
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let settings = NetworkSettings { nft, ..world.settings() };
+        let runner = Runner::start(node_with(settings, runtime.handle().clone()).await);
+        let (begun, done) = (|| lines(Path::new("/run/begun")), || lines(Path::new("/run/done")));
+        let before = begun();
+        std::fs::write("/run/slow", "").expect("written");
+        let network = "mode = \"bridge\"\nport \"http\" {\nstatic = 9100\n}";
+        let early = parse(&text("early", "sleep 1000", "", "").replace("mode = \"bridge\"", network));
+        runner.submit(early).expect("accepted");
+        eventually("the port is being published", async || begun() > before).await;
+        std::fs::remove_file("/run/slow").expect("removed");
+        runner.stop("early", false).await.expect("stopped");
+        eventually("nothing is under way any more", async || begun() == done()).await;
+        let table = run("nft", &["list", "table", "inet", "culvert"]);
+        assert!(!table.contains("9100"), "{table}");
+        assert!(!run("ip", &["-o", "link"]).contains("cv"), "a veth stays");
+        assert_eq!(std::fs::read_dir("/run/netns").map_or(0, Iterator::count), 0, "a netns stays");
+        runtime.shutdown_background();
     });
 }

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
+use super::dialer::sidecar_id;
 use super::records::{AllocationRecord, RecordError};
 use super::registration::{Allocated, INTERFACE, Registration, SidecarAddress, registrations};
 use super::tasks::{TaskLife, TaskState, TaskView, end};
@@ -162,11 +163,9 @@ impl Allocation {
     async fn bring_up(&self, stop: &CancellationToken) -> Option<Up> {
         let mut pause = FIRST_PAUSE;
         loop {
-            let result = tokio::select! {
-                result = self.up() => result,
-                () = stop.cancelled() => return None,
-            };
-            match result {
+            // Never dropped half-way: what a step does on another thread would go on beside the way down.
+            match self.up(stop).await {
+                _ if stop.is_cancelled() => return None,
                 Ok(up) => return Some(up),
                 Err(error) => {
                     let (lasting, error) = (error.lasting(), chain(&error));
@@ -185,7 +184,8 @@ impl Allocation {
         }
     }
 
-    async fn up(&self) -> Result<Up, RunError> {
+    /// Goes through the steps to the end; only waiting for the worker is cut short by `stop`.
+    async fn up(&self, stop: &CancellationToken) -> Result<Up, RunError> {
         let group = self.group()?;
         AllocDir::new(&self.node.data_dir, &self.id).create()?;
         let workload = self.node.network.create(&self.id).await?;
@@ -200,7 +200,7 @@ impl Allocation {
         self.node.network.publish(&self.id, &self.port_maps(group, None)).await?;
         let services = self.register(&registrations).await?;
         self.node.network.publish(&self.id, &self.port_maps(group, Some(&services))).await?;
-        self.serve(&workload, &registrations, &services).await?;
+        self.serve(&workload, &registrations, &services, stop).await?;
         self.view.send_modify(|view| (view.services, view.error) = (services.clone(), None));
         Ok(Up { workload, services, environment })
     }
@@ -297,6 +297,7 @@ impl Allocation {
         workload: &Workload,
         registrations: &[Registration],
         services: &[ServiceView],
+        stop: &CancellationToken,
     ) -> Result<(), RunError> {
         for (registration, service) in registrations.iter().zip(services) {
             let (Some(proxy), Some(inbound_port)) = (service.sidecar_id.clone(), service.sidecar_port) else {
@@ -306,7 +307,9 @@ impl Allocation {
             let service = registration.service.clone();
             self.node.policy.expect_listener(&proxy, self.record.workload, inbound_port).await;
             self.node.worker.serve(Served { proxy: proxy.clone(), service, netns, inbound_port, upstreams }).await;
-            self.node.worker.ready(&proxy, READY_WITHIN).await?;
+            if let Some(ready) = stop.run_until_cancelled(self.node.worker.ready(&proxy, READY_WITHIN)).await {
+                ready?;
+            }
         }
         Ok(())
     }
@@ -417,14 +420,15 @@ impl Allocation {
     }
 
     async fn take_down(&self, tasks: &TaskTracker, stop_tasks: &CancellationToken) {
-        // Read before they are gone from the catalog.
-        let sidecars = self.sidecars();
         self.deregister().await;
         stop_tasks.cancel();
         tasks.close();
         tasks.wait().await;
         self.end_strays().await;
-        futures::future::join_all(sidecars.iter().map(|sidecar| self.node.worker.stop(sidecar, DRAIN))).await;
+        let stopped = self.sidecars().into_iter().map(|sidecar| async move {
+            self.node.worker.stop(&sidecar, DRAIN).await;
+        });
+        futures::future::join_all(stopped).await;
         self.node.policy.detach(self.record.workload).await;
         for attempt in 1..=REMOVE_ATTEMPTS {
             match self.remove().await {
@@ -450,16 +454,15 @@ impl Allocation {
         }
     }
 
-    /// Its sidecars: those of this life, and what an earlier one left in the catalog.
+    /// Its sidecars: those of this life, and of an earlier one, which may have ended after it left the catalog.
     fn sidecars(&self) -> BTreeSet<String> {
-        let left = self.node.left_in_catalog(&self.id).into_iter().map(|(_, sidecar)| sidecar);
         let view = self.view.borrow();
-        view.services.iter().filter_map(|service| service.sidecar_id.clone()).chain(left).collect()
+        let known = view.services.iter().filter_map(|service| service.sidecar_id.clone());
+        known.chain(view.record.sidecar_ports.keys().map(|service| sidecar_id(service))).collect()
     }
 
     async fn deregister(&self) {
-        let left = self.node.left_in_catalog(&self.id).into_iter().map(|(service, _)| service);
-        let mut services: BTreeSet<String> = left.collect();
+        let mut services: BTreeSet<String> = self.node.left_in_catalog(&self.id).into_iter().collect();
         services.extend(self.view.borrow().services.iter().map(|service| service.service_id.clone()));
         for service in services {
             self.node.deregister(&service).await;

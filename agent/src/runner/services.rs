@@ -124,13 +124,12 @@ impl NodeServices {
         Ok(self.control.register_service(decode(body)?).await.map_err(refused)?.sidecar_port)
     }
 
-    /// Services and sidecars of an allocation that are in the catalog.
-    pub(super) fn left_in_catalog(&self, id: &AllocId) -> Vec<(String, String)> {
+    /// Services of an allocation that are in the catalog; each takes its sidecar along.
+    pub(super) fn left_in_catalog(&self, id: &AllocId) -> Vec<String> {
         let prefix = service_prefix(id);
-        let mesh = self.control.mesh();
-        let view = mesh.borrow();
-        let own = view.instances.iter().filter(|instance| instance.service_id.starts_with(&prefix));
-        own.map(|instance| (instance.service_id.clone(), instance.sidecar_id.clone())).collect()
+        let state = self.control.state();
+        let services = state.services_of(&self.context.name).filter(|service| service.id.starts_with(&prefix));
+        services.filter(|service| service.proxy.is_none()).map(|service| service.id.clone()).collect()
     }
 
     /// Health of a service in the catalog: of its own checks, and where it takes part in the mesh also of its sidecar's.

@@ -251,6 +251,8 @@ impl Supervisor {
                 Ok(())
             }
             ToAgent::Stopped { proxy } => {
+                // A listener that nobody asks for any more would keep its network namespace.
+                self.brought.retain(|(owner, ..)| *owner != proxy);
                 self.view.send_modify(|view| drop(view.proxies.remove(&proxy)));
                 self.surroundings.no_traffic(Some(&proxy));
                 if let Some(stopping) = self.stopping.remove(&proxy) {
