@@ -10,13 +10,14 @@ use std::sync::Arc;
 
 use culvert_agent::policy::PolicyEngine;
 use culvert_agent::runner::{
-    AllocationStatus, AllocationView, NodeServices, Records, RunError, Runner, SubmitError, WorkloadDialer,
+    AllocationRecord, AllocationStatus, AllocationView, JobRecord, NodeServices, Records, RunError, Runner,
+    SubmitError, WorkloadDialer,
 };
 use culvert_agent::task::ExecutorCommand;
 use culvert_agent::worker::{self, Surroundings, WorkerSettings};
 use culvert_agent::workload::{AllocId, Network, NetworkSettings, listen};
 use culvert_control::{Control, ControlConfig};
-use culvert_jobspec::{Job, NodeContext};
+use culvert_jobspec::{Job, NodeContext, PortBinding};
 use culvert_types::{ConnectionEvent, Datacenter, HealthStatus};
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
@@ -262,5 +263,47 @@ fn an_allocation_that_is_stopped_while_it_comes_up_leaves_nothing() {
         assert!(!run("ip", &["-o", "link"]).contains("cv"), "a veth stays");
         assert_eq!(std::fs::read_dir("/run/netns").map_or(0, Iterator::count), 0, "a netns stays");
         runtime.shutdown_background();
+    });
+}
+
+#[test]
+fn a_dynamic_port_that_the_host_took_is_replaced_and_a_static_one_is_waited_for() {
+    in_world("runner-ports", async |world| {
+        let node = node(&world).await;
+        let with = |id: &str, port: &str| parse(&text(id, "sleep 1000", "", "").replace("mode = \"bridge\"", port));
+        let fixed = with("fixed", "mode = \"bridge\"\nport \"http\" {\nstatic = 9100\n}");
+        let dynamic = with("dynamic", "mode = \"bridge\"\nport \"http\" {\n}");
+        // Given to the allocation when it was free.
+        let port = PortBinding { host: 20000, inside: 20000 };
+        let record = AllocationRecord {
+            id: AllocId::random().to_string(),
+            workload: 1,
+            job: dynamic.clone(),
+            job_version: 0,
+            group: "g".to_owned(),
+            index: 0,
+            ports: [("http".to_owned(), port)].into(),
+            sidecar_ports: BTreeMap::new(),
+            created: 0,
+            stopping: false,
+            failed: None,
+        };
+        let wanted = JobRecord { job: dynamic, version: 0, stopped: false, submitted: 0 };
+        node.records.submit(&wanted, std::slice::from_ref(&record)).expect("written");
+        let _host = std::net::UdpSocket::bind("0.0.0.0:20000").expect("a port");
+        let runner = Runner::start(Arc::clone(&node));
+        becomes(&runner, &record.id, AllocationStatus::Running).await;
+        assert_eq!(view(&runner, &record.id).record.ports["http"].host, 20001);
+
+        let host = std::net::TcpListener::bind("0.0.0.0:9100").expect("a port");
+        let fixed = runner.submit(fixed).expect("accepted").created.remove(0);
+        let why = || view(&runner, &fixed).error.unwrap_or_default();
+        eventually("it is told who has the port", async || {
+            why().contains("Static port 9100 already reserved by process")
+        })
+        .await;
+        drop(host);
+        becomes(&runner, &fixed, AllocationStatus::Running).await;
+        runner.stop_all().await;
     });
 }

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use culvert_jobspec::{AllocContext, Environment, Group, RestartMode as JobRestartMode, Task};
+use culvert_jobspec::{AllocContext, Environment, Group, Port, RestartMode as JobRestartMode, Task};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -22,13 +22,13 @@ use super::dialer::sidecar_id;
 use super::records::{AllocationRecord, RecordError};
 use super::registration::{Allocated, INTERFACE, Registration, SidecarAddress, registrations};
 use super::tasks::{TaskLife, TaskState, TaskView, end};
-use super::{NodeServices, RunError};
+use super::{NodeServices, RunError, ports};
 use crate::policy::Attachment;
 use crate::report::chain;
 use crate::task::{Adoption, Hierarchies, Signal, adopt, find_record, kill_and_remove, task_owner};
 use crate::task::{AllocDir, Driver, LogSettings, Resources, RestartMode, RestartPolicy, TaskSpec};
 use crate::worker::Served;
-use crate::workload::{AllocId, PortMap, Workload};
+use crate::workload::{AllocId, NetworkError, PortMap, Workload};
 
 /// How long the worker may take to open the listeners of a new workload.
 const READY_WITHIN: Duration = Duration::from_secs(30);
@@ -168,6 +168,9 @@ impl Allocation {
                 _ if stop.is_cancelled() => return None,
                 Ok(up) => return Some(up),
                 Err(error) => {
+                    if let RunError::Network(NetworkError::PortReserved { port, .. }) = &error {
+                        self.bind_again(*port);
+                    }
                     let (lasting, error) = (error.lasting(), chain(&error));
                     warn!(alloc = %self.id, error, lasting, "allocation is not up");
                     self.view.send_modify(|view| view.error = Some(error));
@@ -182,6 +185,31 @@ impl Allocation {
                 () = stop.cancelled() => return None,
             }
         }
+    }
+
+    /// Chooses another port in place of a dynamic one that cannot be had.
+    fn bind_again(&self, taken: u16) {
+        let (Ok(group), record) = (self.group(), self.record()) else { return };
+        let is_it = |port: &&Port| record.ports.get(&port.label).is_some_and(|binding| binding.host == taken);
+        let Some(port) = group.network.ports.iter().find(is_it).filter(|port| port.static_port.is_none()) else {
+            return;
+        };
+        let network = culvert_jobspec::Network { mode: group.network.mode, ports: vec![port.clone()] };
+        let mut used = ports::used(self.node.records.allocations().iter());
+        used.insert(taken, port.label.clone());
+        let bound = ports::bind(&network, used).map_err(|error| error.to_string());
+        let changed = bound.and_then(|bound| {
+            let change = self.change_record(|record| record.ports.extend(bound.clone()));
+            change.map_err(|error| chain(&error))
+        });
+        if let Err(error) = changed {
+            warn!(alloc = %self.id, error, "no other port in place of one that is taken");
+        }
+    }
+
+    /// As it is written down now.
+    fn record(&self) -> AllocationRecord {
+        self.view.borrow().record.clone()
     }
 
     /// Goes through the steps to the end; only waiting for the worker is cut short by `stop`.
@@ -218,7 +246,7 @@ impl Allocation {
             host_ip: self.node.advertise,
             alloc_ip: workload.addr4.into(),
             alloc_interface: INTERFACE.to_owned(),
-            ports: self.record.ports.clone(),
+            ports: self.record().ports,
         }
     }
 
@@ -231,14 +259,14 @@ impl Allocation {
         let advertised = if self.node.advertise.is_loopback() { workload.addr4.into() } else { self.node.advertise };
         let environment = Environment::of_group(&self.record.job, group, context)?;
         let address = SidecarAddress { advertised, workload: workload.addr4.into(), ipv6: workload.addr6.is_some() };
-        let ports = &self.record.ports;
+        let ports = &context.ports;
         Ok(registrations(&Allocated { id: &self.id, group, ports, environment: &environment, address })?)
     }
 
     /// Kernel programs first: from the first packet on, only the workload's own addresses leave it.
     async fn attach(&self, workload: &Workload, registrations: &[Registration]) -> Result<(), RunError> {
         let meshed = registrations.iter().filter(|registration| registration.sidecar_id.is_some());
-        let published: Vec<u16> = self.record.ports.values().map(|port| port.inside).collect();
+        let published: Vec<u16> = self.record().ports.values().map(|port| port.inside).collect();
         let attachment = Attachment {
             id: self.record.workload,
             workload: workload.clone(),
@@ -251,9 +279,9 @@ impl Allocation {
 
     /// Ports of the job file, and those of the sidecars where the node is reached from elsewhere.
     fn port_maps(&self, group: &Group, services: Option<&[ServiceView]>) -> Vec<PortMap> {
-        let owner = |label: &str| format!("{}.{}:{label}", self.record.job.id, group.name);
-        let mut maps: Vec<PortMap> = self
-            .record
+        let owner = |label: &str| ports::owner(&self.record.job.id, &group.name, label);
+        let record = self.record();
+        let mut maps: Vec<PortMap> = record
             .ports
             .iter()
             .map(|(label, port)| PortMap { host_port: port.host, to: port.inside, addr: None, owner: owner(label) })

@@ -332,7 +332,7 @@ impl Runner {
             let record = AllocationRecord {
                 id: AllocId::random().to_string(),
                 workload: free_number(&numbers),
-                ports: ports::bind(&group.network, used.flat_map(|record| record.ports.values()))?,
+                ports: ports::bind(&group.network, ports::used(used))?,
                 job: job.clone(),
                 job_version,
                 group: group.name.clone(),

@@ -35,6 +35,11 @@ pub(super) fn listening(port: u16, address: Option<IpAddr>) -> io::Result<Vec<Li
     Ok(found)
 }
 
+/// Could port `port` of every address of the host be published? One that cannot be asked about cannot.
+pub(crate) fn is_free(port: u16) -> bool {
+    listening(port, None).is_ok_and(|sockets| sockets.is_empty())
+}
+
 /// `sl local_address rem_address st … inode`: addresses as hexadecimal words in host order, states 0A (TCP_LISTEN) and 07
 /// (unconnected UDP).
 fn parse(line: &str, protocol: &'static str, port: u16) -> Option<Listening> {

@@ -33,6 +33,7 @@ mod types;
 
 pub use alloc_id::{AllocId, AllocIdError, SHORT_ID};
 pub use firewall::FirewallError;
+pub(crate) use host_ports::is_free;
 pub use netns::{is_netns, netns_cookie, open_in_netns, run_in_netns};
 pub use network::{Network, NetworkError};
 pub use node::{NodeFile, NodeFileError};
