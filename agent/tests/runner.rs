@@ -307,3 +307,31 @@ fn a_dynamic_port_that_the_host_took_is_replaced_and_a_static_one_is_waited_for(
         runner.stop_all().await;
     });
 }
+
+#[test]
+fn a_plan_says_what_a_run_does() {
+    in_world("runner-plan", async |world| {
+        let runner = Runner::start(node(&world).await);
+        let failing = job("failing", "exit 3", "", "");
+        let plan = runner.plan(failing.clone()).expect("a plan");
+        assert!(plan.changes && plan.diff.to_string().contains("\"g\" (1 create)"), "{}", plan.diff);
+        let failed = runner.submit(failing.clone()).expect("accepted").created.remove(0);
+        becomes(&runner, &failed, AllocationStatus::Failed).await;
+        let plan = runner.plan(failing).expect("a plan");
+        assert!(plan.changes && plan.diff.to_string().contains("\"g\" (1 create/destroy update)"), "{}", plan.diff);
+
+        let lives = job("lives", "sleep 1000", "", "");
+        let id = runner.submit(lives.clone()).expect("accepted").created.remove(0);
+        let plan = runner.plan(lives.clone()).expect("a plan");
+        assert!(!plan.changes && plan.diff.to_string().contains("\"g\" (1 ignore)"), "{}", plan.diff);
+        assert_eq!(runner.submit(lives.clone()).expect("accepted").kept, [id]);
+        let away = Job { datacenters: vec!["elsewhere".to_owned()], ..lives };
+        assert!(matches!(runner.plan(away), Err(SubmitError::Datacenter { .. })));
+        let port = "mode = \"bridge\"\nport \"http\" {\nstatic = 9100\n}";
+        let with_port = |id: &str| parse(&text(id, "sleep 1000", "", "").replace("mode = \"bridge\"", port));
+        runner.submit(with_port("one")).expect("accepted");
+        let refused = runner.plan(with_port("two")).expect_err("taken").to_string();
+        assert_eq!(refused, "Static port 9100 already reserved by one.g:http");
+        runner.stop_all().await;
+    });
+}

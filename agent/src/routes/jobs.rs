@@ -58,10 +58,8 @@ pub(super) async fn submit(State(state): State<Arc<RouteState>>, body: Bytes) ->
 /// `POST /v1/culvert/jobs/plan`
 pub(super) async fn plan(State(state): State<Arc<RouteState>>, body: Bytes) -> Result<Json<JobPlan>, Failure> {
     let (_, job) = read(&body)?;
-    culvert_jobspec::check_runnable(&job).map_err(refused)?;
-    let before = state.node()?.runner.job(&job.id).filter(|record| !record.stopped).map(|record| record.job);
-    let changes = before.as_ref() != Some(&job);
-    Ok(Json(JobPlan { diff: culvert_jobspec::diff(before.as_ref(), &job).to_string(), changes }))
+    let plan = state.node()?.runner.plan(job)?;
+    Ok(Json(JobPlan { diff: plan.diff.to_string(), changes: plan.changes }))
 }
 
 /// `GET /v1/culvert/jobs`

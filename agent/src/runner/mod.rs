@@ -10,82 +10,31 @@ mod ports;
 mod records;
 mod registration;
 mod services;
+mod submission;
 mod tasks;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use culvert_jobspec::{Diagnostics, Job};
 use culvert_types::HealthStatus;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{error, warn};
 
 pub use allocation::{AllocationStatus, AllocationView, ServiceView};
 pub use dialer::WorkloadDialer;
 pub use records::{AllocationRecord, JobRecord, RecordError, Records};
 pub use registration::RegistrationError;
 pub use services::{NodeServices, RunError};
+pub use submission::{Plan, SubmitError, Submitted};
 pub use tasks::{TaskEvent, TaskState, TaskView};
 
 use crate::report::chain;
 use crate::workload::AllocId;
 use allocation::Allocation;
-use plan::{AtStart, Comparison, Failed};
-
-/// Why a job was not accepted.
-#[derive(Debug, thiserror::Error)]
-pub enum SubmitError {
-    /// The job cannot run here; positions included.
-    #[error("{0}")]
-    NotRunnable(Diagnostics),
-    /// `datacenters` of the job leaves this node out.
-    #[error("job {job:?} is for datacenters {datacenters:?}; this node is in {here:?}")]
-    Datacenter {
-        /// The job.
-        job: String,
-        /// Its patterns.
-        datacenters: Vec<String>,
-        /// Ours.
-        here: String,
-    },
-    /// A service of the job can never be registered.
-    #[error("job {job:?}")]
-    Services {
-        /// The job.
-        job: String,
-        /// What is wrong.
-        #[source]
-        source: Box<RunError>,
-    },
-    /// A port of the job is taken.
-    #[error(transparent)]
-    Port(#[from] ports::PortError),
-    /// The record could not be written.
-    #[error(transparent)]
-    Record(#[from] RecordError),
-    /// The agent is leaving.
-    #[error("the agent is leaving this node; no job is run any more")]
-    Leaving,
-    /// No such job.
-    #[error("no job {0:?}")]
-    UnknownJob(String),
-}
-
-/// What a submission did.
-#[derive(Clone, Debug, Default)]
-pub struct Submitted {
-    /// Version of the job.
-    pub version: u64,
-    /// Allocations made.
-    pub created: Vec<String>,
-    /// Allocations that are being stopped.
-    pub stopped: Vec<String>,
-    /// Allocations left alone.
-    pub kept: Vec<String>,
-}
+use plan::AtStart;
 
 struct Live {
     view: watch::Receiver<AllocationView>,
@@ -166,42 +115,6 @@ impl Runner {
             self.launch(record, self.endings(&stop));
         }
         Ok(())
-    }
-
-    /// Runs `job`, or brings what runs of it up to date: what has to go is told to, what is new starts when that is gone.
-    ///
-    /// # Errors
-    /// [`SubmitError`]; nothing has changed then.
-    pub fn submit(&self, job: Job) -> Result<Submitted, SubmitError> {
-        let leaving = self.leaving.lock();
-        if *leaving {
-            return Err(SubmitError::Leaving);
-        }
-        culvert_jobspec::check_runnable(&job).map_err(SubmitError::NotRunnable)?;
-        let here = self.node.context.datacenter.clone();
-        if !job.runs_in(&here) {
-            let (job, datacenters) = (job.id.clone(), job.datacenters.clone());
-            return Err(SubmitError::Datacenter { job, datacenters, here });
-        }
-        registration::check(&job, &self.node.context)
-            .map_err(|source| SubmitError::Services { job: job.id.clone(), source: Box::new(source) })?;
-        let before = self.job(&job.id);
-        let changed = before.as_ref().is_none_or(|before| before.stopped || before.job != job);
-        let version = before.as_ref().map_or(0, |before| before.version + u64::from(changed));
-        let Comparison { kept, stop, missing } = self.compare(&job, version);
-        let planned = self.plan_allocations(&job, version, &missing, &stop)?;
-        let record = JobRecord { job, version, stopped: false, submitted: now() };
-        self.node.records.submit(&record, &planned)?;
-        let id = record.job.id.clone();
-        self.jobs.lock().insert(id.clone(), record);
-        stop.iter().for_each(|id| self.stop_allocation(id));
-        let created = planned.iter().map(|allocation| allocation.id.clone()).collect();
-        info!(job = id, version, created = planned.len(), stopped = stop.len(), "job submitted");
-        for allocation in planned {
-            // The old ones first: they may hold a port that the new ones need.
-            self.launch(allocation, self.endings(&stop));
-        }
-        Ok(Submitted { version, created, stopped: stop, kept })
     }
 
     /// Stops every allocation of a job; returns when everything of them is gone. `purge` forgets the job as well.
@@ -302,53 +215,6 @@ impl Runner {
         matching.next().is_none().then(|| of(one))
     }
 
-    /// Compares `job` with what runs of it.
-    fn compare(&self, job: &Job, version: u64) -> Comparison {
-        let own = self.views().into_iter().filter(|view| view.record.job.id == job.id);
-        let as_it_is = |view: AllocationView| {
-            let failed = (view.status == AllocationStatus::Failed).then(String::new);
-            AllocationRecord { failed: view.record.failed.or(failed), ..view.record }
-        };
-        let own: Vec<AllocationRecord> = own.map(as_it_is).collect();
-        plan::compare(job, version, &own, Failed::Replace)
-    }
-
-    /// Records of new allocations for the `places` of `job`; `stop` are those that are gone before the new ones start.
-    fn plan_allocations(
-        &self,
-        job: &Job,
-        job_version: u64,
-        places: &[plan::Place],
-        stop: &[String],
-    ) -> Result<Vec<AllocationRecord>, SubmitError> {
-        let mut others: Vec<AllocationRecord> = self.views().into_iter().map(|view| view.record).collect();
-        // A number is free when the record is gone, which goes last. Ports of stopping ones are free before they are needed.
-        let mut numbers: Vec<u32> = others.iter().map(|record| record.workload).collect();
-        numbers.extend(self.node.records.allocations().iter().map(|record| record.workload));
-        let mut planned = Vec::new();
-        for (group, index) in places {
-            let Some(group) = job.group(group) else { continue };
-            let used = others.iter().filter(|record| !stop.contains(&record.id));
-            let record = AllocationRecord {
-                id: AllocId::random().to_string(),
-                workload: free_number(&numbers),
-                ports: ports::bind(&group.network, ports::used(used))?,
-                job: job.clone(),
-                job_version,
-                group: group.name.clone(),
-                index: *index,
-                sidecar_ports: BTreeMap::new(),
-                created: now(),
-                stopping: false,
-                failed: None,
-            };
-            numbers.push(record.workload);
-            others.push(record.clone());
-            planned.push(record);
-        }
-        Ok(planned)
-    }
-
     /// Starts the life of an allocation, once those that it replaces are gone.
     fn launch(&self, record: AllocationRecord, after: Vec<CancellationToken>) {
         let Ok(id) = AllocId::new(&record.id) else {
@@ -396,11 +262,6 @@ async fn wait(endings: Vec<CancellationToken>) {
     for gone in endings {
         gone.cancelled().await;
     }
-}
-
-/// The smallest number from 1 that is not taken.
-fn free_number(taken: &[u32]) -> u32 {
-    (1..).find(|number| !taken.contains(number)).unwrap_or(u32::MAX)
 }
 
 fn now() -> u64 {
