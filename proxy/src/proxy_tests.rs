@@ -20,7 +20,7 @@ use crate::handoff::{Family, SideTraffic};
 use crate::metrics::Metrics;
 use crate::rbac::{self, Permission, Policy, Principal, Rbac, RbacAction};
 use crate::sockets::OwnSockets;
-use crate::testing::{Authority, leaf_params, spiffe};
+use crate::testing::{Authority, TRUST_DOMAIN, leaf_params, spiffe};
 use crate::threads::DataThreads;
 
 /// Generous: the machine may be busy. Nothing waits this long unless something hangs.
@@ -317,6 +317,36 @@ async fn a_policy_that_turns_to_deny_ends_live_connections_and_only_those_it_den
         }
     };
     timeout(PATIENCE, again).await.expect("allowed again");
+}
+
+#[tokio::test]
+async fn a_connection_that_is_older_than_the_trust_domain_obeys_rules_of_the_new_one() {
+    const DENIED: &str = "^spiffe://other\\.consul/ns/default/dc/[^/]+/svc/";
+    let mesh = Mesh::start(&["web"]).await;
+    let mut client = mesh.client();
+    ping(&mut client, b"first").await.expect("allowed");
+    let moved = spiffe("api").replace(TRUST_DOMAIN, "other.consul");
+    let moved = mesh.authority.identity_with(leaf_params(&moved));
+    let deny = |service: &str| -> Arc<[Rbac]> {
+        let name = StringMatcher::regex(&format!("{DENIED}{service}$")).expect("a pattern");
+        let policy = Policy {
+            name: "denied".into(),
+            permissions: vec![Permission::Any],
+            principals: vec![Principal::Authenticated(Some(name))],
+        };
+        [Rbac { action: RbacAction::Deny, policies: vec![policy] }].into()
+    };
+    mesh.inbound.change(|listener, _| {
+        let before = listener.tls.as_deref().expect("inbound");
+        listener.tls = Some(Arc::new(config::DownstreamTls { identity: moved, ..before.clone() }));
+        listener.rbac = deny("admin");
+    });
+    // New ones of the old domain fail from then on.
+    let in_force = async { while ping(&mut mesh.client(), b"x").await.is_ok() {} };
+    timeout(PATIENCE, in_force).await.expect("in force");
+    ping(&mut client, b"still").await.expect("nobody denies it");
+    mesh.inbound.change(|listener, _| listener.rbac = deny("web"));
+    assert_eq!(end(&mut client).await, Err(ErrorKind::ConnectionReset));
 }
 
 #[tokio::test]

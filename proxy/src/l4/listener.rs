@@ -1,5 +1,6 @@
 //! One listening socket: accepting, limits, the registry of what was accepted, and changes of configuration under it.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
@@ -44,13 +45,24 @@ pub(crate) struct State {
 impl State {
     /// Judges an inbound peer by the policy of this state.
     pub(crate) fn judge(&self, peer: &PeerIdentity, live: &Live) -> (RbacDecision, String) {
-        let connection = rbac::Connection { identity: Some(peer.uri()), peer: live.peer, local: live.local };
+        let uri = self.present_uri(peer);
+        let connection = rbac::Connection { identity: Some(&uri), peer: live.peer, local: live.local };
         let decision = rbac::evaluate(&self.config.rbac, &connection);
         let rule = match &self.config.explain {
-            Some(explain) => explain.rule(Some(peer.uri()), &decision),
+            Some(explain) => explain.rule(Some(&uri), &decision),
             None => decision.rule(),
         };
         (decision, rule)
+    }
+
+    /// The name that policy knows the peer by. A connection may be older than the trust domain: a node in memory alone makes
+    /// another authority when it starts again. Rules about names of today would miss who came in under the name of before.
+    fn present_uri<'a>(&self, peer: &'a PeerIdentity) -> Cow<'a, str> {
+        let own = self.tls.as_ref().map(|tls| tls.own().id().trust_domain());
+        match own.filter(|own| *own != peer.id().trust_domain()) {
+            Some(own) => format!("{}{}", own.id(), peer.id().path()).into(),
+            None => peer.uri().into(),
+        }
     }
 
     fn limit(&self) -> usize {
