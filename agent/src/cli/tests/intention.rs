@@ -17,7 +17,10 @@ fn intentions_are_made_asked_listed_and_deleted_as_in_consul() {
     assert_eq!(plane.intention("check", &["web", "api"]), said("Allowed\n"));
     assert_eq!(plane.intention("match", &["api"]), said("web => api (allow)\n* => api (deny)\n"));
     assert_eq!(plane.intention("create", &["web", "*"]), said("Created: web => * (allow)\n"));
-    assert_eq!(plane.intention("match", &["-source", "web"]), said("web => api (allow)\n* => api (deny)\nweb => * (allow)\n"));
+    assert_eq!(
+        plane.intention("match", &["-source", "web"]),
+        said("web => api (allow)\n* => api (deny)\nweb => * (allow)\n")
+    );
     assert_eq!(plane.intention("match", &["-source", "db"]), said("* => api (deny)\n"));
     assert_eq!(plane.intention("delete", &["web", "*"]), said("Intention deleted.\n"));
     let list = plane.intention("list", &[]);
