@@ -18,6 +18,7 @@ use culvert_agent::worker::{self, Surroundings, WorkerSettings};
 use culvert_agent::workload::{AllocId, Network, NetworkSettings, listen};
 use culvert_control::{Control, ControlConfig};
 use culvert_jobspec::{Job, NodeContext, PortBinding};
+use culvert_proxy::handoff::messages::Traffic;
 use culvert_types::{ConnectionEvent, Datacenter, HealthStatus};
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
@@ -32,6 +33,8 @@ impl Surroundings for NoWorker {
     fn inbound_listener(&self, _proxy: &str, _port: u16, _listener: BorrowedFd<'_>) {}
     fn event(&self, _service: &str, _event: ConnectionEvent) {}
     fn events_lost(&self, _count: u64) {}
+    fn traffic(&self, _proxy: &str, _service: &str, _traffic: &Traffic) {}
+    fn no_traffic(&self, _proxy: Option<&str>) {}
 }
 
 async fn node(world: &World) -> Arc<NodeServices> {
