@@ -18,7 +18,7 @@ use culvert_agent::worker::{self, Surroundings, WorkerSettings};
 use culvert_agent::workload::{AllocId, Network, NetworkSettings, listen};
 use culvert_control::{Control, ControlConfig};
 use culvert_jobspec::{Job, NodeContext, PortBinding};
-use culvert_proxy::handoff::messages::Traffic;
+use culvert_proxy::handoff::Traffic;
 use culvert_types::{ConnectionEvent, Datacenter, HealthStatus};
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
