@@ -17,16 +17,18 @@ use uuid::Uuid;
 use culvert_types::{Datacenter, ServiceIdentity, ServiceName, TrustDomain};
 
 use super::Clock;
-use super::csr::{Csr, CsrError};
+use super::csr::Csr;
+use super::error::{ConfigureError, OpenError, RotateError, SignError};
 use super::key::PrivateKey;
 use super::leaf::{self, SignedLeaf, Signer};
 use super::limit::RateLimit;
-use super::metrics::{Metrics, RefusalLabel};
-use super::root::{self, CROSS_SIGNED_TTL, NewRoot, RootError};
+use super::metrics::Metrics;
+use super::root::{self, CROSS_SIGNED_TTL, NewRoot};
 use super::rows::{self, ConfigRow, IntermediateRow, RootRow, RowError, Rows};
-use super::settings::{CaSettings, SettingsError};
+use super::settings::CaSettings;
 use super::view::{Root, Roots, View, ViewError};
-use crate::state::{Ledger, State, UpdateError};
+use super::wire::ConfigurationUpdate;
+use crate::state::{Ledger, State};
 use crate::store::{Revision, Table};
 
 /// Serial numbers reserved with one commit: signing a leaf then costs none.
@@ -41,160 +43,6 @@ const ROOT_RETRY: Duration = Duration::from_secs(60);
 pub const MAX_ROOTS: usize = 16;
 /// The name of roots that the API shows.
 const ROOT_NAME: &str = "Consul CA Primary Cert";
-
-/// Why the authority could not be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// A setting.
-    #[error(transparent)]
-    Settings(#[from] SettingsError),
-    /// The first root could not be made.
-    #[error(transparent)]
-    Root(#[from] RootError),
-    /// What is stored.
-    #[error(transparent)]
-    View(#[from] ViewError),
-    /// A stored row.
-    #[error(transparent)]
-    Row(#[from] RowError),
-    /// The store.
-    #[error("store the authority")]
-    Store(#[from] UpdateError),
-}
-
-/// Why a request was not signed.
-#[derive(Debug, thiserror::Error)]
-pub enum SignError {
-    /// More than `CSRMaxPerSecond`; the answer is 429 with this text.
-    #[error("Rate limit reached, try again later")]
-    RateLimit,
-    /// The request itself.
-    #[error(transparent)]
-    Csr(#[from] CsrError),
-    /// The root ended before it was replaced: what it signs would be valid for nobody.
-    #[error("the active root has expired; a new one is made within a minute")]
-    RootExpired,
-    /// The asker has no such service.
-    #[error("node {node:?} asks for a certificate of service {service}, which it has not registered")]
-    NotRegistered {
-        /// Who asks.
-        node: String,
-        /// For which service.
-        service: ServiceName,
-    },
-    /// What is stored.
-    #[error(transparent)]
-    View(#[from] ViewError),
-    /// A row, while reserving serial numbers.
-    #[error(transparent)]
-    Row(#[from] RowError),
-    /// The store, while reserving serial numbers.
-    #[error("reserve serial numbers")]
-    Store(#[from] UpdateError),
-    /// Signing itself.
-    #[error("sign the certificate")]
-    Sign(#[from] rcgen::Error),
-}
-
-/// Why the root was not rotated. Nothing changed.
-#[derive(Debug, thiserror::Error)]
-pub enum RotateError {
-    /// The new root or its cross-signed certificate.
-    #[error(transparent)]
-    Root(#[from] RootError),
-    /// What is stored.
-    #[error(transparent)]
-    Row(#[from] RowError),
-    /// The stored key of the old root.
-    #[error("private key of the active root")]
-    Key(#[from] super::KeyError),
-    /// [`MAX_ROOTS`].
-    #[error(
-        "{MAX_ROOTS} roots are trusted already: an old one goes when the leaves that it signed have ended, try again later"
-    )]
-    TooMany,
-    /// The authority is not made yet.
-    #[error(transparent)]
-    View(#[from] ViewError),
-    /// Reserving serial numbers.
-    #[error(transparent)]
-    Serial(#[from] SignError),
-    /// The store.
-    #[error("store the new root")]
-    Store(#[from] UpdateError),
-}
-
-/// Why a configuration was refused. Nothing changed.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigureError {
-    /// Another provider than the built-in one.
-    #[error("unknown CA provider {0:?}: only \"consul\", the built-in one, is available")]
-    Provider(String),
-    /// A key that is known to Consul and not honoured here.
-    #[error("Config.{0} is not supported: the built-in authority makes its own root")]
-    Unsupported(&'static str),
-    /// `State` is the provider's to write.
-    #[error("State cannot be set: it belongs to the provider")]
-    State,
-    /// A key that no provider of ours knows.
-    #[error("Config.{0:?} is not a setting of the built-in authority")]
-    Unknown(String),
-    /// A value that cannot be read, or that is not honoured.
-    #[error("Config.{key}: {reason}")]
-    Value {
-        /// As sent.
-        key: String,
-        /// What is wrong.
-        reason: String,
-    },
-    /// A value out of its limits.
-    #[error(transparent)]
-    Settings(#[from] SettingsError),
-    /// What is stored.
-    #[error(transparent)]
-    Row(#[from] RowError),
-    /// The authority is not made yet.
-    #[error(transparent)]
-    View(#[from] ViewError),
-    /// The store.
-    #[error("store the configuration")]
-    Store(#[from] UpdateError),
-}
-
-/// What `PUT /v1/connect/ca/configuration` or a configuration file asks for; `None` keeps what is.
-#[derive(Clone, Debug, Default)]
-pub struct ConfigurationUpdate {
-    /// `Provider`; empty or `consul`.
-    pub provider: String,
-    /// `Config.LeafCertTTL`.
-    pub leaf_ttl: Option<Duration>,
-    /// `Config.IntermediateCertTTL`.
-    pub intermediate_ttl: Option<Duration>,
-    /// `Config.RootCertTTL`: for the next root.
-    pub root_ttl: Option<Duration>,
-    /// `Config.CSRMaxPerSecond`.
-    pub csr_max_per_second: Option<u32>,
-    /// `Config.RotationPeriod`: kept, without effect, as in Consul.
-    pub rotation_period: Option<String>,
-    /// `Config.PrivateKey` was given and not empty. Refused.
-    pub has_private_key: bool,
-    /// `Config.RootCert` was given and not empty. Refused.
-    pub has_root_cert: bool,
-}
-
-impl ConfigurationUpdate {
-    /// `settings` with what is asked for.
-    #[must_use]
-    pub fn over(&self, settings: CaSettings) -> CaSettings {
-        CaSettings {
-            leaf_ttl: self.leaf_ttl.unwrap_or(settings.leaf_ttl),
-            intermediate_ttl: self.intermediate_ttl.unwrap_or(settings.intermediate_ttl),
-            root_ttl: self.root_ttl.unwrap_or(settings.root_ttl),
-            csr_max_per_second: self.csr_max_per_second.unwrap_or(settings.csr_max_per_second),
-            ..settings
-        }
-    }
-}
 
 /// What `GET /v1/connect/ca/configuration` shows.
 #[derive(Clone, Debug)]
@@ -611,19 +459,4 @@ pub(crate) fn check_registered(state: &State, node: &str, service: &ServiceName)
         return Ok(());
     }
     Err(SignError::NotRegistered { node: node.to_owned(), service: service.clone() })
-}
-
-impl From<&SignError> for RefusalLabel {
-    fn from(error: &SignError) -> Self {
-        match error {
-            SignError::RateLimit => Self::RateLimit,
-            SignError::Csr(_) => Self::Request,
-            SignError::NotRegistered { .. } => Self::NotRegistered,
-            SignError::RootExpired
-            | SignError::View(_)
-            | SignError::Row(_)
-            | SignError::Store(_)
-            | SignError::Sign(_) => Self::Internal,
-        }
-    }
 }

@@ -17,8 +17,9 @@ use tracing::{Instrument, debug, info_span, warn};
 use culvert_types::ServiceName;
 
 use super::NOT_BEFORE_SLACK;
-use super::authority::{Authority, SignError};
+use super::authority::Authority;
 use super::csr;
+use super::error::SignError;
 use super::key::{KeyError, PrivateKey};
 use super::leaf::Leaf;
 use super::random;

@@ -10,6 +10,7 @@
 mod authority;
 mod clock;
 pub mod csr;
+mod error;
 mod key;
 mod leaf;
 mod leaves;
@@ -26,10 +27,9 @@ mod wire;
 use std::time::Duration;
 
 pub(crate) use self::authority::check_registered;
-pub use self::authority::{
-    Authority, Configuration, ConfigurationUpdate, ConfigureError, MAX_ROOTS, OpenError, RotateError, SignError,
-};
+pub use self::authority::{Authority, Configuration, MAX_ROOTS};
 pub use self::clock::Clock;
+pub use self::error::{ConfigureError, OpenError, RotateError, SignError};
 pub use self::key::KeyError;
 pub use self::leaf::{Leaf, SignedLeaf};
 pub use self::leaves::{LeafError, LeafWatch, Leaves, MAX_LEAVES};
@@ -38,6 +38,7 @@ pub use self::root::RootError;
 pub use self::rows::RowError;
 pub use self::settings::{CaSettings, MAX_LEAF_TTL, MIN_INTERMEDIATE_TTL, MIN_LEAF_TTL, SettingsError};
 pub use self::view::{Root, Roots, ViewError};
+pub use self::wire::ConfigurationUpdate;
 
 /// Certificates are valid from this much before they are made: clocks of two nodes differ.
 pub(crate) const NOT_BEFORE_SLACK: Duration = Duration::from_secs(60);

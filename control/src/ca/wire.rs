@@ -1,4 +1,4 @@
-//! `PUT /v1/connect/ca/configuration`: reads Consul's body into a [`ConfigurationUpdate`].
+//! What an operator asks of the authority, and how `PUT /v1/connect/ca/configuration` says it.
 //!
 //! Keys come in Consul's spelling or in snake_case. What the built-in authority does not honour is refused by name, unless it
 //! only repeats what is the case anyway.
@@ -9,7 +9,42 @@ use culvert_api::CaConfiguration;
 use culvert_types::parse_go_duration;
 use serde_json::Value;
 
-use super::{ConfigurationUpdate, ConfigureError};
+use super::{CaSettings, ConfigureError};
+
+/// What `PUT /v1/connect/ca/configuration` or a configuration file asks for; `None` keeps what is.
+#[derive(Clone, Debug, Default)]
+pub struct ConfigurationUpdate {
+    /// `Provider`; empty or `consul`.
+    pub provider: String,
+    /// `Config.LeafCertTTL`.
+    pub leaf_ttl: Option<Duration>,
+    /// `Config.IntermediateCertTTL`.
+    pub intermediate_ttl: Option<Duration>,
+    /// `Config.RootCertTTL`: for the next root.
+    pub root_ttl: Option<Duration>,
+    /// `Config.CSRMaxPerSecond`.
+    pub csr_max_per_second: Option<u32>,
+    /// `Config.RotationPeriod`: kept, without effect, as in Consul.
+    pub rotation_period: Option<String>,
+    /// `Config.PrivateKey` was given and not empty. Refused.
+    pub has_private_key: bool,
+    /// `Config.RootCert` was given and not empty. Refused.
+    pub has_root_cert: bool,
+}
+
+impl ConfigurationUpdate {
+    /// `settings` with what is asked for.
+    #[must_use]
+    pub fn over(&self, settings: CaSettings) -> CaSettings {
+        CaSettings {
+            leaf_ttl: self.leaf_ttl.unwrap_or(settings.leaf_ttl),
+            intermediate_ttl: self.intermediate_ttl.unwrap_or(settings.intermediate_ttl),
+            root_ttl: self.root_ttl.unwrap_or(settings.root_ttl),
+            csr_max_per_second: self.csr_max_per_second.unwrap_or(settings.csr_max_per_second),
+            ..settings
+        }
+    }
+}
 
 impl TryFrom<&CaConfiguration> for ConfigurationUpdate {
     type Error = ConfigureError;
