@@ -10,6 +10,7 @@ use std::sync::Arc;
 use culvert_proxy::handoff::{Family, MAX_APP_SOCKETS};
 
 use super::Served;
+use crate::sys::netns_cookie;
 use crate::workload;
 
 /// Why the worker does not get a socket.
@@ -67,6 +68,17 @@ impl Sockets {
     pub(super) fn adopt(&mut self, proxy: &str, address: SocketAddr, listener: OwnedFd) {
         if let Some(entry) = self.proxies.get_mut(proxy).filter(|entry| entry.may_listen(address)) {
             entry.listeners.insert(address, Arc::new(listener));
+        }
+    }
+
+    /// Was `listener` made in the network namespace that the workload of `proxy` has now? One that was made again after it had
+    /// been removed has the name of the former, in which nobody calls any more.
+    pub(super) async fn is_at_home(&self, proxy: &str, listener: &OwnedFd) -> bool {
+        let Some(served) = self.get(proxy) else { return true };
+        match (netns_cookie(listener), workload::netns_cookie(&served.netns).await) {
+            (Ok(made_in), Ok(home)) => made_in == home,
+            // Kernels before 5.14 do not tell.
+            _ => true,
         }
     }
 

@@ -1,6 +1,6 @@
 //! The task that owns the worker.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,6 +39,8 @@ pub struct Supervisor {
     sockets: Sockets,
     /// Listeners that a re-adopted worker brought, until their proxy is announced again.
     brought: Vec<(String, std::net::SocketAddr, OwnedFd)>,
+    /// Proxies that were told to stop because their network namespace was made again, to be served anew.
+    replaced: BTreeSet<String>,
     /// Proxies that are being drained.
     stopping: BTreeMap<String, Stopping>,
 }
@@ -64,8 +66,8 @@ impl Supervisor {
         commands: mpsc::Receiver<Command>,
         view: watch::Sender<WorkerView>,
     ) -> Self {
-        let (sockets, brought, stopping) = (Sockets::default(), Vec::new(), BTreeMap::new());
-        Self { settings, surroundings, commands, view, sockets, brought, stopping }
+        let (sockets, brought, replaced) = (Sockets::default(), Vec::new(), BTreeSet::new());
+        Self { settings, surroundings, commands, view, sockets, brought, replaced, stopping: BTreeMap::new() }
     }
 
     /// Runs until [`super::WorkerHandle::shutdown`], or until every handle is gone.
@@ -133,6 +135,7 @@ impl Supervisor {
 
     /// Serves one worker until it is gone or shall go.
     async fn attend(&mut self, worker: &Worker) -> Ended {
+        self.replaced.clear();
         let all: Vec<ToWorker> = self.sockets.all().map(|served| self.serve_message(served)).collect();
         for message in all {
             if self.send(worker, &message, &[]).await.is_err() {
@@ -178,10 +181,35 @@ impl Supervisor {
         let (mine, others) = std::mem::take(&mut self.brought).into_iter().partition(|(owner, ..)| *owner == proxy);
         self.brought = others;
         for (_, address, listener) in Vec::from_iter::<Vec<_>>(mine) {
-            self.announce(&proxy, address, listener.as_fd());
-            self.sockets.adopt(&proxy, address, listener);
+            self.adopt(worker, &proxy, address, listener).await?;
+        }
+        if self.replaced.contains(&proxy) {
+            return Ok(()); // served again once it has stopped
         }
         self.send(worker, &message, &[]).await
+    }
+
+    /// Takes over a listener that the worker holds. One of a network namespace that is gone ends its proxy, which is then served
+    /// anew: the worker's other sockets are from there too.
+    async fn adopt(
+        &mut self,
+        worker: &Worker,
+        proxy: &str,
+        address: std::net::SocketAddr,
+        listener: OwnedFd,
+    ) -> Result<(), ()> {
+        if self.replaced.contains(proxy) {
+            return Ok(());
+        }
+        if self.sockets.is_at_home(proxy, &listener).await {
+            self.announce(proxy, address, listener.as_fd());
+            self.sockets.adopt(proxy, address, listener);
+            return Ok(());
+        }
+        info!(proxy, "its network namespace was made again; serving it anew");
+        self.replaced.insert(proxy.to_owned());
+        self.view.send_modify(|view| drop(view.proxies.remove(proxy)));
+        self.send(worker, &ToWorker::Stop { proxy: proxy.to_owned(), deadline_ms: 0 }, &[]).await
     }
 
     async fn stop(
@@ -213,9 +241,9 @@ impl Supervisor {
             ToAgent::Adopt { proxy, address } => {
                 let Some(listener) = descriptors.pop() else { return Ok(()) };
                 if self.sockets.get(&proxy).is_some() {
-                    self.announce(&proxy, address, listener.as_fd());
-                    self.sockets.adopt(&proxy, address, listener);
-                } else if self.brought.len() < MAX_BROUGHT {
+                    return self.adopt(worker, &proxy, address, listener).await;
+                }
+                if self.brought.len() < MAX_BROUGHT {
                     self.brought.push((proxy, address, listener));
                 }
                 Ok(())
@@ -258,8 +286,17 @@ impl Supervisor {
                 if let Some(stopping) = self.stopping.remove(&proxy) {
                     tell(stopping.done);
                 }
-                Ok(())
+                self.serve_anew(worker, &proxy).await
             }
+        }
+    }
+
+    /// Serves a proxy that was stopped to be replaced.
+    async fn serve_anew(&mut self, worker: &Worker, proxy: &str) -> Result<(), ()> {
+        let replaced = self.replaced.remove(proxy);
+        match self.sockets.get(proxy).filter(|_| replaced).map(|served| self.serve_message(served)) {
+            Some(message) => self.send(worker, &message, &[]).await,
+            None => Ok(()),
         }
     }
 
@@ -320,6 +357,9 @@ impl Supervisor {
     }
 
     fn status(&self, status: ProxyStatus) {
+        if self.replaced.contains(&status.proxy) {
+            return; // of its former life
+        }
         if let Some(nack) = &status.nack {
             warn!(
                 proxy = status.proxy,
