@@ -158,7 +158,7 @@ async fn serve(
     metrics::register(&hub, &worker, &control);
 
     let records = Records::open(&data_dir)?;
-    reconcile(&records, &network, &policy).await?;
+    reconcile(&records, &network, &policy).await;
     let node = Arc::new(NodeServices {
         runtime: Handle::current(),
         network: Arc::clone(&network),
@@ -257,16 +257,17 @@ fn load_datapath(
     }
 }
 
-/// Removes what carries our names and belongs to no record.
-async fn reconcile(records: &Records, network: &Network, policy: &PolicyEngine) -> anyhow::Result<()> {
+/// Removes what carries our names and belongs to no record. What cannot be removed keeps nobody from starting: it is
+/// nobody's, and is tried again by the next start and when the agent leaves.
+async fn reconcile(records: &Records, network: &Network, policy: &PolicyEngine) {
     let allocations = records.allocations();
     let live: Vec<AllocId> = allocations.iter().filter_map(|record| AllocId::new(&record.id).ok()).collect();
-    let removed = network.reconcile(&live).await.context("remove what an earlier agent left")?;
-    if !removed.is_empty() {
-        info!(?removed, "removed what an earlier agent left");
+    match network.reconcile(&live).await {
+        Ok(removed) if removed.is_empty() => {}
+        Ok(removed) => info!(?removed, "removed what an earlier agent left"),
+        Err(error) => warn!(error = chain(&error), "not all that an earlier agent left is removed"),
     }
     policy.retain(&allocations.iter().map(|record| record.workload).collect::<Vec<_>>()).await;
-    Ok(())
 }
 
 fn node_context(settings: &Settings, node_name: &str, node_file: &NodeFile) -> NodeContext {
@@ -373,23 +374,24 @@ impl Agent {
                 ask = asked.recv() => match ask {
                     Some((Ask::Reload, done)) => drop(done.send(self.reload().await)),
                     Some((Ask::Leave, done)) => {
-                        self.leave(&mut ends).await;
-                        drop(done.send(Ok(())));
+                        let left = self.leave(&mut ends).await;
+                        drop(done.send(left.clone()));
                         // The answer leaves before the server does.
                         tokio::time::sleep(Duration::from_millis(200)).await;
-                        return self.end(control_runtime).await;
+                        return self.end(control_runtime, left).await;
                     }
                     None => break,
                 },
             }
         }
-        if self.settings.dev {
+        let left = if self.settings.dev {
             // A dev agent keeps its state in memory: what it ran would be nobody's.
-            self.leave(&mut ends).await;
+            self.leave(&mut ends).await
         } else {
             info!("ending; workloads, worker and kernel programs go on, the next start takes them over");
-        }
-        self.end(control_runtime).await
+            Ok(())
+        };
+        self.end(control_runtime, left).await
     }
 
     /// Reads the configuration again and applies what may change: `encryption` and `default_intention_policy`.
@@ -405,27 +407,29 @@ impl Agent {
         Ok(())
     }
 
-    /// Stops everything and removes everything that carries our names. Who asks again does not want to wait.
-    async fn leave(&self, ends: &mut Ends) {
+    /// Stops everything and removes everything that carries our names. Who asks again does not want to wait. The error says
+    /// what could not be removed.
+    async fn leave(&self, ends: &mut Ends) -> Result<(), String> {
         info!("leaving: stopping every job and removing everything");
         let mut stopped = std::pin::pin!(self.runner.stop_all());
-        tokio::select! {
-            () = &mut stopped => {}
+        let allocations = tokio::select! {
+            left = &mut stopped => left,
             () = ends.recv() => {
                 warn!("asked again: tasks that have not ended are killed");
                 self.runner.hurry();
-                stopped.await;
+                stopped.await
             }
-        }
+        };
+        let mut left: Vec<String> = allocations.iter().map(|id| format!("allocation {id}")).collect();
         self.worker.shutdown(LEAVE_DRAIN).await;
-        self.policy.remove_all().await;
-        if let Err(error) = self.network.close_all().await {
-            error!(error = chain(&error), "the host is not as it was found");
-        }
+        left.extend(self.policy.remove_all().await.err());
+        left.extend(self.network.close_all().await.err().map(|error| chain(&error)));
+        if left.is_empty() { Ok(()) } else { Err(format!("the host is not as it was found: {}", left.join("; "))) }
     }
 
-    async fn end(self, control_runtime: &Runtime) -> anyhow::Result<()> {
+    async fn end(self, control_runtime: &Runtime, left: Result<(), String>) -> anyhow::Result<()> {
         let control = self.control;
-        on(control_runtime.handle(), async move { control.shutdown().await }).await
+        on(control_runtime.handle(), async move { control.shutdown().await }).await?;
+        left.map_err(anyhow::Error::msg)
     }
 }

@@ -120,6 +120,21 @@ fn a_default_of_deny_lets_nothing_through_until_allowed() {
 }
 
 #[test]
+fn what_cannot_be_removed_keeps_no_agent_from_starting_and_leave_tells_it() {
+    let world = World::new("not-removable");
+    let obstacle = std::path::Path::new("/run/netns/culvert-deadbeef");
+    std::fs::create_dir_all(obstacle.join("in-the-way")).expect("a folder with the name of a namespace");
+    let mut node = Node::start(&world, NodeOptions::default());
+    let left = node.try_culvert(&["leave"]);
+    let said = String::from_utf8_lossy(&left.stderr);
+    assert!(!left.status.success() && said.contains("culvert-deadbeef"), "{said}");
+    std::fs::remove_dir_all(obstacle).expect("removed");
+    node.kill();
+    node.spawn();
+    node.leave();
+}
+
+#[test]
 fn a_second_agent_refuses_to_start_and_says_who_runs() {
     let world = World::new("second-agent");
     let mut node = Node::start(&world, NodeOptions::default());

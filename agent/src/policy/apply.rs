@@ -205,11 +205,12 @@ impl PolicyEngine {
     }
 
     /// Removes every program and table from the kernel: the agent leaves.
-    pub async fn remove_all(&self) {
-        let Some(datapath) = self.inner.lock().await.datapath.take() else { return };
-        if let Err(error) = datapath.remove_all() {
-            error!(error = chain(&error), "kernel programs are not all removed");
-        }
+    ///
+    /// # Errors
+    /// What could not be removed, in words.
+    pub async fn remove_all(&self) -> Result<(), String> {
+        let Some(datapath) = self.inner.lock().await.datapath.take() else { return Ok(()) };
+        datapath.remove_all().map_err(|error| format!("kernel programs: {}", chain(&error)))
     }
 }
 

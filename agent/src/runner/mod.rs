@@ -145,8 +145,8 @@ impl Runner {
         Ok((running, endings))
     }
 
-    /// Stops everything on this node; returns when everything is gone.
-    pub async fn stop_all(&self) {
+    /// Stops everything on this node; returns when everything is gone, with the allocations of which something is left.
+    pub async fn stop_all(&self) -> Vec<String> {
         let endings = {
             let mut leaving = self.leaving.lock();
             *leaving = true;
@@ -160,6 +160,8 @@ impl Runner {
                 warn!(%error, "a job's record stays");
             }
         }
+        // The record goes last.
+        self.node.records.allocations().into_iter().map(|record| record.id).collect()
     }
 
     /// Gives tasks that are being ended no more time, now and from now on.
