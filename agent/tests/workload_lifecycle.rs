@@ -133,6 +133,29 @@ fn a_restarted_agent_adopts_what_lives_and_keeps_addresses() {
     });
 }
 
+#[test]
+fn a_broken_network_is_mended_around_what_lives_in_it() {
+    in_world("mended", |world| async move {
+        let one = AllocId::random();
+        let network = Network::open(world.settings()).await.expect("opened");
+        let before = network.create(&one).await.expect("created");
+        network.publish(&one, &[map(9002, 9001)]).await.expect("published");
+        tell_addresses(listen(&before.netns, "[::]:9001".parse().expect("an address")).await.expect("listening"));
+        drop(network);
+        for broken in [before.host_interface.as_str(), "culvert0"] {
+            run("ip", &["link", "del", broken]);
+            let network = Network::open(world.settings()).await.expect("opened again");
+            let after = network.create(&one).await.expect("mended");
+            assert_eq!(
+                (after.netns_cookie, after.addr4, after.addr6),
+                (before.netns_cookie, before.addr4, before.addr6)
+            );
+            ask_from_host("127.0.0.1:9002").await.expect("what lived inside is reached again");
+        }
+        Network::open(world.settings()).await.expect("opened").close_all().await.expect("closed");
+    });
+}
+
 /// Polls `future` at most `steps` times and drops it: a crash at that step, as far as the kernel and the disk can tell.
 /// Returns whether it was done by then.
 async fn die_after(steps: u32, future: impl Future) -> bool {

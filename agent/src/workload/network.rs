@@ -204,11 +204,12 @@ impl Network {
         &self.settings
     }
 
-    /// Makes the network of `id`: netns, veth pair, addresses, routes. One that is complete is adopted as it is; a half-made
-    /// one is made again. The address stays the same until [`Network::remove`].
+    /// Makes the network of `id`: netns, veth pair, addresses, routes. One that is complete is adopted as it is; a broken or
+    /// half-made one gets a new veth pair in the netns that is there, because tasks may live in it. The address stays the
+    /// same until [`Network::remove`].
     ///
     /// # Errors
-    /// [`NetworkError`]; nothing half-made stays.
+    /// [`NetworkError`]; of what was made now nothing stays.
     pub async fn create(&self, id: &AllocId) -> Result<Workload, NetworkError> {
         let mut state = self.state.lock().await;
         let known = state.share(id).is_some();
@@ -217,13 +218,17 @@ impl Network {
         if let Some(workload) = self.inspect(&plan).await? {
             return Ok(workload);
         }
-        let built = match self.build(&plan).await {
+        let lived_in = netns::is_netns(&plan.netns);
+        let built = match self.build(&plan, lived_in).await {
             Ok(()) => match self.inspect(&plan).await? {
                 Some(workload) => return Ok(workload),
                 None => Err(failed("find", plan.veth.clone())(io::ErrorKind::NotFound.into())),
             },
             Err(error) => Err(error),
         };
+        if lived_in {
+            return built;
+        }
         if let Err(error) = self.demolish(&plan).await {
             tracing::warn!(alloc = %id, error = &error as &dyn std::error::Error, "half-made network stays");
         } else if !known {
@@ -323,11 +328,16 @@ impl Network {
         }))
     }
 
-    async fn build(&self, plan: &Plan) -> Result<(), NetworkError> {
-        self.demolish(plan).await?;
+    async fn build(&self, plan: &Plan, lived_in: bool) -> Result<(), NetworkError> {
         let name = || plan.netns.display().to_string();
-        let path = plan.netns.clone();
-        blocking(move || netns::create(&path)).await.map_err(failed("create netns", name()))?;
+        if lived_in {
+            // Its end inside goes with it, and so do the addresses and routes.
+            self.delete_veth(plan).await?;
+        } else {
+            self.demolish(plan).await?;
+            let path = plan.netns.clone();
+            blocking(move || netns::create(&path)).await.map_err(failed("create netns", name()))?;
+        }
         let ipv6 = plan.addr6.is_some();
         netns::run_in_netns(&plan.netns, move || Ok(inside_sysctls(ipv6)))
             .await
@@ -355,10 +365,14 @@ impl Network {
     }
 
     async fn demolish(&self, plan: &Plan) -> Result<(), NetworkError> {
-        self.netlink.delete(&plan.veth).await.map_err(failed("delete interface", &plan.veth))?;
+        self.delete_veth(plan).await?;
         let path = plan.netns.clone();
         let removed = blocking(move || netns::remove(&path)).await;
         removed.map_err(failed("remove netns", plan.netns.display().to_string()))
+    }
+
+    async fn delete_veth(&self, plan: &Plan) -> Result<(), NetworkError> {
+        self.netlink.delete(&plan.veth).await.map_err(failed("delete interface", &plan.veth))
     }
 
     /// Is the host port free? A port that this allocation already has is: it is published again.
