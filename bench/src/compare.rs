@@ -136,13 +136,18 @@ pub(crate) fn run(envoy: &Path, pinned: bool, extent: Extent) -> anyhow::Result<
     Ok(Phase { pinned, results, memory, intentions })
 }
 
-/// One round: a sample of each contender, in the order of `contenders.all`. Each round begins with another one.
+/// Pause before each turn: what the turn before left behind, connections that end and buffers that empty, is over by then.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// One round: a sample of each contender, in the order of `contenders.all`. Each round begins with another one, and every other
+/// one goes backwards, so that nobody always follows the same neighbour.
 fn take_turns(contenders: &Contenders, task: &Task, round: usize, millis: u64) -> anyhow::Result<Vec<Sample>> {
     let count = contenders.all.len();
     let mut samples = vec![None; count];
     for turn in 0..count {
+        let turn = if round.is_multiple_of(2) { turn } else { count - 1 - turn };
         let at = (round + turn) % count;
-        contenders.settle();
+        std::thread::sleep(PAUSE);
         samples[at] = Some(sample(&contenders.all[at], task, millis)?);
     }
     Ok(samples.into_iter().flatten().collect())

@@ -42,8 +42,8 @@ struct Comparison {
     /// Envoy's binary.
     #[arg(long)]
     envoy: PathBuf,
-    /// Rounds; every contender has its turn in each.
-    #[arg(long, default_value_t = 9)]
+    /// Rounds; every contender has its turn in each. A multiple of eight gives everybody every place.
+    #[arg(long, default_value_t = 8)]
     rounds: usize,
     /// Length of one turn, in milliseconds.
     #[arg(long, default_value_t = 1000)]

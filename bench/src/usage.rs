@@ -1,23 +1,21 @@
-//! What processes use, as the kernel accounts it in `/proc` (proc(5)).
+//! What processes use, as the kernel accounts it (clock_getcpuclockid(3), proc(5)).
 
 use std::fs;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
 
-/// Processor time of all threads of `processes`, in nanoseconds. Threads that ended in between are not in it.
+/// Processor time of `processes` so far, in nanoseconds, that of threads which have ended included.
 pub(crate) fn cpu_nanos(processes: &[u32]) -> anyhow::Result<u64> {
-    let mut sum = 0;
+    let mut sum = Duration::ZERO;
     for process in processes {
-        let folder = format!("/proc/{process}/task");
-        for thread in fs::read_dir(&folder).with_context(|| folder.clone())? {
-            let path = thread?.path().join("schedstat");
-            // A thread may end while the list is read.
-            let Ok(text) = fs::read_to_string(&path) else { continue };
-            let first = text.split(' ').next().unwrap_or_default();
-            sum += first.parse::<u64>().with_context(|| format!("{}: {text:?}", path.display()))?;
-        }
+        let clock = ClockId::pid_cpu_clock_id(Pid::from_raw(i32::try_from(*process)?));
+        let time = clock.and_then(clock_gettime).with_context(|| format!("processor time of process {process}"))?;
+        sum += Duration::from(time);
     }
-    Ok(sum)
+    Ok(u64::try_from(sum.as_nanos())?)
 }
 
 /// Memory of `processes` that is resident, in bytes.

@@ -33,7 +33,7 @@ pub(crate) fn run(setup: &Setup, options: &Options) -> anyhow::Result<()> {
     let mut bench = Command::new(target.join("release/culvert-bench"));
     bench.current_dir(root()).arg("compare").arg("--envoy").arg(envoy);
     if options.quick {
-        bench.args(["--rounds=3", "--millis=300", "--held=200", "--flips=20"]);
+        bench.args(["--rounds=4", "--millis=300", "--held=200", "--flips=20"]);
     }
     let out = options.out.clone().unwrap_or_else(|| cache().join("bench"));
     command::run(bench.arg("--out").arg(&out))?;

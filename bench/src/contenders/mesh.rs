@@ -27,6 +27,7 @@ impl Mesh {
         node.run_job("bench", &job(own));
         let allocation = node.allocation("bench", "caller");
         let id = allocation["ID"].as_str().context("an allocation has an ID")?;
+        schedule_like_others(&node.allocation("bench", "called"))?;
         let cgroup = PathBuf::from(format!("/sys/fs/cgroup/unified/{}/{id}/park", world.cgroup_parent()));
         let cgroup = if cgroup.is_dir() { cgroup } else { unified(&cgroup)? };
         let caller =
@@ -60,6 +61,21 @@ impl Mesh {
     pub(super) fn leave(mut self) {
         self.node.leave();
     }
+}
+
+/// Takes the task of `allocation` out of its share of the processor, where that is a hierarchy of its own: the applications of
+/// the other contenders have no share either. In cgroup2 the share cannot be told apart from the mesh's membership.
+fn schedule_like_others(allocation: &serde_json::Value) -> anyhow::Result<()> {
+    let task = allocation["Tasks"][0]["Pid"].as_u64().context("a task runs")?;
+    let mounts = fs::read_to_string("/proc/mounts")?;
+    let controls_processor = |options: &str| options.split(',').any(|option| option == "cpu");
+    for mount in mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>()) {
+        if mount[2] == "cgroup" && controls_processor(mount[3]) {
+            let processes = Path::new(mount[1]).join("cgroup.procs");
+            fs::write(&processes, task.to_string()).with_context(|| format!("{}", processes.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Where cgroup2 is the only hierarchy, it is mounted one level higher.

@@ -109,11 +109,6 @@ impl Contenders {
         Ok(())
     }
 
-    /// Connections of an earlier measurement are gone.
-    pub(crate) fn settle(&self) {
-        self.mesh.settle();
-    }
-
     /// Ends all of them and removes what they made.
     pub(crate) fn leave(self) {
         self.mesh.leave();
