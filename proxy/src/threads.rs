@@ -81,6 +81,14 @@ impl DataThreads {
 }
 
 impl Placement {
+    /// Returns when every thread has had a turn: none of them hangs.
+    pub(crate) async fn all_take_turns(&self) {
+        let turns: Vec<_> = self.threads.iter().map(|thread| thread.handle.spawn(async {})).collect();
+        for turn in turns {
+            let _ends_with_the_process = turn.await;
+        }
+    }
+
     /// A place on the thread with the fewest connections.
     pub(crate) fn place(&self) -> ThreadPlace {
         let thread = self.threads.iter().min_by_key(|thread| thread.load.load(Relaxed)).expect("at least one");

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use culvert_tests::{
     Apps, Node, NodeOptions, PATIENCE, Pair, Process, World, echo, eventually, is_direct, service, upstream,
 };
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 const DENY: [&str; 5] = ["intention", "create", "-deny", "caller", "called"];
 
@@ -32,6 +34,19 @@ fn assert_cut(stream: &mut TcpStream) {
     let error = stream.read_exact(&mut [0; 1]).expect_err("nobody sent anything");
     let cut = matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted);
     assert!(cut, "ended otherwise: {error:?}");
+}
+
+#[test]
+fn a_worker_that_hangs_is_replaced() {
+    let world = World::new("worker-hang");
+    let mut node = Node::start(&world, NodeOptions::default());
+    node.run_countdash();
+    node.counts();
+    let pid = node.worker().expect("a worker");
+    kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("stop the worker");
+    eventually("another worker runs", || node.worker().is_some_and(|now| now != pid));
+    node.counts();
+    node.leave();
 }
 
 #[test]

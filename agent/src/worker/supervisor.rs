@@ -9,7 +9,7 @@ use culvert_proxy::handoff::{ProxyStatus, SendError, ToAgent, ToWorker};
 use culvert_types::{ConnectionEvent, ServiceIdentity};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until, timeout};
 use tracing::{debug, error, info, warn};
 
 use crate::report::chain;
@@ -27,6 +27,11 @@ const SETTLED: Duration = Duration::from_secs(10);
 /// A worker that does not read its control socket for this long is stuck, and replaced.
 const STUCK: Duration = Duration::from_secs(5);
 
+/// How often the worker is asked for a sign of life.
+const PING_EVERY: Duration = Duration::from_secs(5);
+/// A worker that owes so many answers hangs, and is replaced.
+const PINGS_OWED: u32 = 3;
+
 /// Most listeners that are kept for proxies not announced yet: more than a node has workloads.
 const MAX_BROUGHT: usize = 4096;
 
@@ -43,6 +48,8 @@ pub struct Supervisor {
     replaced: BTreeSet<String>,
     /// Proxies that are being drained.
     stopping: BTreeMap<String, Stopping>,
+    /// Pings that the present worker has not answered.
+    owed: u32,
 }
 
 /// A proxy that is being drained.
@@ -67,7 +74,8 @@ impl Supervisor {
         view: watch::Sender<WorkerView>,
     ) -> Self {
         let (sockets, brought, replaced) = (Sockets::default(), Vec::new(), BTreeSet::new());
-        Self { settings, surroundings, commands, view, sockets, brought, replaced, stopping: BTreeMap::new() }
+        let stopping = BTreeMap::new();
+        Self { settings, surroundings, commands, view, sockets, brought, replaced, stopping, owed: 0 }
     }
 
     /// Runs until [`super::WorkerHandle::shutdown`], or until every handle is gone.
@@ -142,8 +150,12 @@ impl Supervisor {
                 return Ended::WorkerGone;
             }
         }
+        self.owed = 0;
+        let mut pings = interval_at(Instant::now() + PING_EVERY, PING_EVERY);
+        pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let result = tokio::select! {
+                _ = pings.tick() => self.ping(worker).await,
                 command = self.commands.recv() => match command {
                     None => return Ended::WorkerGone,
                     Some(Command::Shutdown { deadline, done }) => return Ended::Shutdown(deadline, done),
@@ -163,6 +175,15 @@ impl Supervisor {
                 return Ended::WorkerGone;
             }
         }
+    }
+
+    async fn ping(&mut self, worker: &Worker) -> Result<(), ()> {
+        if self.owed == PINGS_OWED {
+            error!(pid = worker.process.pid, "the worker gives no sign of life; replacing it");
+            return Err(());
+        }
+        self.owed += 1;
+        self.send(worker, &ToWorker::Ping, &[]).await
     }
 
     fn serve_message(&self, served: &super::Served) -> ToWorker {
@@ -270,6 +291,10 @@ impl Supervisor {
             }
             ToAgent::Status(status) => {
                 self.status(status);
+                Ok(())
+            }
+            ToAgent::Pong => {
+                self.owed = 0;
                 Ok(())
             }
             ToAgent::Traffic { proxy, traffic } => {

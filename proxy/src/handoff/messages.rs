@@ -102,6 +102,8 @@ pub enum ToWorker {
         /// Why there is no stream.
         result: Result<(), String>,
     },
+    /// Say [`ToAgent::Pong`] once every thread has had a turn.
+    Ping,
     /// Drain the whole worker, then exit.
     Drain {
         /// How long live connections may go on, in milliseconds.
@@ -157,6 +159,8 @@ pub enum ToAgent {
         /// How many.
         count: u64,
     },
+    /// Answer to [`ToWorker::Ping`].
+    Pong,
     /// State of one proxy, sent whenever it changes.
     Status(ProxyStatus),
     /// What one proxy carries. Sent every few seconds while it has connections, and before [`Self::Stopped`].

@@ -35,7 +35,7 @@ impl Message for ToWorker {
         match self {
             Self::Listener { result, .. } | Self::XdsConnection { result, .. } => usize::from(result.is_ok()),
             Self::AppSockets { count, .. } => usize::from(*count),
-            Self::Serve { .. } | Self::Stop { .. } | Self::Drain { .. } => 0,
+            Self::Serve { .. } | Self::Stop { .. } | Self::Ping | Self::Drain { .. } => 0,
         }
     }
 }
@@ -50,6 +50,7 @@ impl Message for ToAgent {
             | Self::ConnectXds { .. }
             | Self::Event(_)
             | Self::EventsLost { .. }
+            | Self::Pong
             | Self::Status(_)
             | Self::Traffic { .. }
             | Self::Stopped { .. } => 0,

@@ -201,6 +201,7 @@ fn handle(message: ToWorker, mut descriptors: Vec<OwnedFd>, link: &Link, proxies
     match message {
         ToWorker::Serve { proxy, cluster, node, token } => proxies.serve(&proxy, &cluster, &node, token),
         ToWorker::Stop { proxy, deadline_ms } => proxies.stop(&proxy, Duration::from_millis(deadline_ms)),
+        ToWorker::Ping => proxies.pong(),
         ToWorker::Drain { deadline_ms } => proxies.start_drain(Duration::from_millis(deadline_ms)),
         ToWorker::Listener { request, result } | ToWorker::XdsConnection { request, result } => {
             link.answered(request, result, descriptors.pop());

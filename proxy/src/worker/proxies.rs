@@ -136,6 +136,15 @@ impl Proxies {
         Some((proxy, traffic))
     }
 
+    /// Tells the agent, once every data thread has had a turn, that this worker works.
+    pub(super) fn pong(&self) {
+        let (link, threads) = (Arc::clone(&self.link), Arc::clone(&self.threads));
+        tokio::spawn(async move {
+            threads.all_take_turns().await;
+            link.tell(ToAgent::Pong).await;
+        });
+    }
+
     /// Asks for the configuration at once: there is an agent again.
     pub(super) fn retry(&self) {
         self.channel.retry_now();

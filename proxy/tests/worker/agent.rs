@@ -48,6 +48,7 @@ struct Seen {
     status: Option<ProxyStatus>,
     traffic: Traffic,
     stopped: Vec<String>,
+    pongs: usize,
     adopted: usize,
     /// Listening sockets outlive a worker, by address.
     listeners: Vec<(SocketAddr, Arc<OwnedFd>)>,
@@ -170,6 +171,14 @@ impl Agent {
         self.seen.lock().events.iter().filter(|event| wanted(event)).count()
     }
 
+    pub(crate) async fn ping(&self) {
+        self.tell(ToWorker::Ping).await;
+    }
+
+    pub(crate) fn pongs(&self) -> usize {
+        self.seen.lock().pongs
+    }
+
     /// What the proxy last said that it carries.
     pub(crate) fn traffic(&self) -> Traffic {
         self.seen.lock().traffic
@@ -205,9 +214,9 @@ impl Agent {
         Orphan { setup: Arc::clone(&self.setup), worker: self.worker.take(), pid: self.pid }
     }
 
-    pub(crate) async fn kill_worker(&self) {
+    pub(crate) fn signal_worker(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_raw(i32::try_from(self.pid).expect("pid")).expect("pid");
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("our child");
+        rustix::process::kill_process(pid, signal).expect("our child");
     }
 
     /// A new worker gets the listeners of the one that died.
@@ -297,6 +306,7 @@ fn note(seen: &Mutex<Seen>, message: ToAgent, descriptors: Vec<OwnedFd>) {
     match message {
         ToAgent::Event(event) => seen.events.push(event),
         ToAgent::Status(status) => seen.status = Some(status),
+        ToAgent::Pong => seen.pongs += 1,
         ToAgent::Traffic { traffic, .. } => seen.traffic = traffic,
         ToAgent::Stopped { proxy } => seen.stopped.push(proxy),
         ToAgent::Adopt { address, .. } => {

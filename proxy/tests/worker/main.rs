@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use culvert_proxy::handoff::{SideTraffic, ToAgent};
 use culvert_types::RefusalReason;
+use rustix::process::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -106,6 +107,18 @@ async fn the_worker_outlives_its_agent_and_is_taken_over() {
 }
 
 #[tokio::test]
+async fn a_worker_answers_as_long_as_it_works() {
+    let agent = Agent::start(Setup::new("ping", echo().await)).await;
+    agent.ping().await;
+    eventually("an answer", || agent.pongs() == 1).await;
+    agent.signal_worker(Signal::STOP);
+    agent.ping().await;
+    agent.ping().await;
+    agent.signal_worker(Signal::CONT);
+    eventually("every ping is answered", || agent.pongs() == 3).await;
+}
+
+#[tokio::test]
 async fn each_agent_hears_what_is_carried_since_it_came() {
     let agent = Agent::start(Setup::new("traffic", echo().await)).await;
     let mut client = call(agent.upstream());
@@ -171,7 +184,7 @@ async fn a_worker_that_is_killed_resets_its_connections_and_a_successor_goes_on(
     let agent = Agent::start(Setup::new("killed", echo().await)).await;
     let mut client = call(agent.upstream());
     ping(&mut client).await.expect("through the mesh");
-    agent.kill_worker().await;
+    agent.signal_worker(Signal::KILL);
     assert_eq!(end(&mut client).await, Err(ErrorKind::ConnectionReset), "not an orderly end");
     // The agent kept the listeners: this waits in the backlog until there is a worker again.
     let mut waiting = call(agent.upstream());
