@@ -39,7 +39,7 @@ const HOUSEKEEPING: Duration = Duration::from_secs(3600);
 const ROOT_RENEWAL: f64 = 0.9;
 /// Pause after a root that should have been replaced was not.
 const ROOT_RETRY: Duration = Duration::from_secs(60);
-/// Most roots that are trusted at a time: each goes to every proxy, and stays for twice the life of a leaf.
+/// Most roots that are trusted at a time, if rotated by hand: each goes to every proxy, and stays for twice the life of a leaf.
 pub const MAX_ROOTS: usize = 16;
 /// The name of roots that the API shows.
 const ROOT_NAME: &str = "Consul CA Primary Cert";
@@ -197,12 +197,13 @@ impl Authority {
     }
 
     /// Makes a new root. The old one vouches for it (a cross-signed certificate goes out with every new leaf), stays trusted
-    /// for twice the life of a leaf, and loses its private key. Runs by itself when a root nears its end.
+    /// for twice the life of a leaf (and until all that it signed have ended, should the life have been longer once), and
+    /// loses its private key. Runs by itself when a root nears its end.
     ///
     /// # Errors
     /// [`RotateError`]; nothing changed then.
     pub async fn rotate(&self) -> Result<Arc<Roots>, RotateError> {
-        self.shared.rotate().await?;
+        self.shared.rotate(MAX_ROOTS).await?;
         Ok(self.roots()?)
     }
 
@@ -223,8 +224,12 @@ impl Authority {
         let changed = self.shared.ledger.update(|state, plan| {
             let rows = Rows::read(state)?.ok_or(ViewError::Missing)?;
             let mut row = rows.config.value.clone();
-            let settings = update.over(row.settings(&self.shared.local));
+            let before = row.settings(&self.shared.local);
+            let settings = update.over(before.clone());
             settings.check()?;
+            if settings.leaf_ttl < before.leaf_ttl {
+                row.leaves_until = row.leaves_until.max(rows::seconds(self.shared.clock.now() + before.leaf_ttl));
+            }
             row.take(&settings);
             row.rotation_period = update.rotation_period.clone().or(row.rotation_period);
             rows::put_config(plan, &row);
@@ -336,14 +341,15 @@ impl Shared {
         Ok(block.next().expect("the block was filled"))
     }
 
-    async fn rotate(&self) -> Result<(), RotateError> {
+    /// `most`: roots that may be trusted afterwards.
+    async fn rotate(&self, most: usize) -> Result<(), RotateError> {
         let (serial, cross_serial) = (self.next_serial().await?, self.next_serial().await?);
         let now = self.clock.now();
         let id = self
             .ledger
             .update(|state, plan| {
                 let rows = Rows::read(state)?.ok_or(ViewError::Missing)?;
-                if rows.roots.len() >= MAX_ROOTS {
+                if rows.roots.len() >= most {
                     return Err(RotateError::TooMany);
                 }
                 let settings = rows.config.settings(&self.local);
@@ -354,7 +360,8 @@ impl Shared {
                 let cross = root::cross_sign(&self.trust_domain, &new, &old.certificate, &old_key, cross_serial, now)?;
                 let not_after = rows::seconds(new.not_after.min(now + CROSS_SIGNED_TTL));
                 old.active = false;
-                old.trusted_until = Some(rows::seconds(now + 2 * settings.leaf_ttl));
+                let trusted_until = rows::seconds(now + 2 * settings.leaf_ttl);
+                old.trusted_until = Some(trusted_until.max(rows.config.value.leaves_until));
                 rows::put_root(plan, &old);
                 rows::put_root(plan, &active_row(&new, vec![IntermediateRow { certificate: cross, not_after }]));
                 Ok::<_, RotateError>(new.id)
@@ -433,7 +440,8 @@ impl Shared {
         let view = self.view();
         let ending =
             view.is_ok_and(|view| view.roots.active().is_some_and(|root| replacement(root) <= self.clock.now()));
-        if ending && let Err(err) = self.rotate().await {
+        // However many there are: the limit is for hands, and a mesh without a root that signs stands still.
+        if ending && let Err(err) = self.rotate(usize::MAX).await {
             warn!(%err, "the root nears its end and was not rotated, trying again in a minute");
         }
     }

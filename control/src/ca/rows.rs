@@ -61,6 +61,9 @@ pub(crate) struct ConfigRow {
     /// Consul accepts and keeps it without effect; so do we.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) rotation_period: Option<String>,
+    /// When every leaf of a longer life than the present one has ended, seconds since 1970.
+    #[serde(default)]
+    pub(crate) leaves_until: u64,
     /// Counts roots that were dropped: a deletion leaves no row whose revision could tell of it.
     #[serde(default)]
     pub(crate) dropped_roots: u64,
@@ -75,6 +78,7 @@ impl ConfigRow {
             root_ttl_seconds: 0,
             csr_max_per_second: 0,
             rotation_period: None,
+            leaves_until: 0,
             dropped_roots: 0,
         };
         row.take(settings);

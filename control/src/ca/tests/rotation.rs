@@ -6,7 +6,9 @@ use std::time::{Duration, SystemTime};
 use super::world::{HOUR, World, ders, name, verify};
 use crate::ca::csr;
 use crate::ca::key::PrivateKey;
-use crate::ca::{CaSettings, ConfigurationUpdate, ConfigureError, LeafError, SettingsError, SignError};
+use crate::ca::{
+    CaSettings, ConfigurationUpdate, ConfigureError, LeafError, MAX_ROOTS, RotateError, SettingsError, SignError,
+};
 
 fn hours(world: &World) -> f64 {
     let since = world.clock.now().duration_since(SystemTime::UNIX_EPOCH + super::world::START);
@@ -158,6 +160,45 @@ async fn an_old_root_is_dropped_after_twice_the_life_of_a_leaf() {
     let mut watch = world.leaves.watch(&name("web")).expect("room");
     let leaf = watch.ready().await.expect("leaf");
     assert_eq!(ders(&leaf.certificate.chain).len(), 1, "and then left out");
+    world.stop.cancel();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_old_root_is_trusted_until_leaves_of_a_longer_life_have_ended() {
+    let world = World::new(CaSettings::default()).await;
+    world.register("web").await;
+    let old = world.leaf("web").await;
+    let update = ConfigurationUpdate { leaf_ttl: Some(HOUR), ..ConfigurationUpdate::default() };
+    world.authority.configure(&update).await.expect("valid");
+    world.authority.configure(&update).await.expect("and again");
+    world.authority.rotate().await.expect("rotation");
+    while hours(&world) < 71.9 {
+        tokio::time::sleep(HOUR / 4).await;
+        verify(&old.certificate.chain, &world.bundle(), world.clock.now()).expect("who keeps it is still accepted");
+    }
+    tokio::time::sleep(2 * HOUR).await;
+    assert_eq!(world.authority.roots().expect("rows").roots.len(), 1, "dropped within the hour after 72 h");
+    world.stop.cancel();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_root_that_nears_its_end_is_replaced_however_many_are_trusted() {
+    let settings = CaSettings { allow_short_ttls_for_tests: true, ..CaSettings::default() };
+    let world = World::new(settings).await;
+    world.register("web").await;
+    for _ in 0..MAX_ROOTS - 2 {
+        world.authority.rotate().await.expect("rotation");
+    }
+    let short =
+        ConfigurationUpdate { leaf_ttl: Some(HOUR), root_ttl: Some(10 * HOUR), ..ConfigurationUpdate::default() };
+    world.authority.configure(&short).await.expect("short lives");
+    let active = world.authority.rotate().await.expect("one more").active_id.clone();
+    let refused = world.authority.rotate().await.expect_err("as many as may be");
+    assert!(matches!(refused, RotateError::TooMany), "{refused}");
+    tokio::time::sleep(9 * HOUR + HOUR / 2).await;
+    assert_ne!(world.authority.roots().expect("rows").active_id, active);
+    let leaf = world.leaf("web").await;
+    verify(&leaf.certificate.chain, &world.bundle(), world.clock.now()).expect("life goes on");
     world.stop.cancel();
 }
 
