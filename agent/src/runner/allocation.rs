@@ -263,7 +263,8 @@ impl Allocation {
         Ok(registrations(&Allocated { id: &self.id, group, ports, environment: &environment, address })?)
     }
 
-    /// Kernel programs first: from the first packet on, only the workload's own addresses leave it.
+    /// Kernel programs first: from the first packet on, only the workload's own addresses leave it. Without them the packet filter
+    /// guards the ports of its applications.
     async fn attach(&self, workload: &Workload, registrations: &[Registration]) -> Result<(), RunError> {
         let meshed = registrations.iter().filter(|registration| registration.sidecar_id.is_some());
         let published: Vec<u16> = self.record().ports.values().map(|port| port.inside).collect();
@@ -274,7 +275,11 @@ impl Allocation {
             protected: meshed.clone().flat_map(|registration| registration.ports.clone()).collect(),
             published,
         };
-        self.node.policy.attach(attachment).await.map_err(|reason| RunError::Kernel { reason })
+        let (protected, published) = (attachment.protected.clone(), attachment.published.clone());
+        self.node.policy.attach(attachment).await.map_err(|reason| RunError::Kernel { reason })?;
+        // A filter that an agent without programs has left would refuse direct connections.
+        let protected = if self.node.policy.active().await { &[] } else { protected.as_slice() };
+        Ok(self.node.network.guard(workload, protected, &published).await?)
     }
 
     /// Ports of the job file, and those of the sidecars where the node is reached from elsewhere.

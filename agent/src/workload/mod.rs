@@ -13,10 +13,11 @@
 //! 127.0.0.1. A chain of another program that drops forwarded packets is reported, not overruled.
 //!
 //! Left out: who may talk to whom. Between workloads of one node packets flow freely here; the eBPF programs on the veths
-//! guard the ports of mesh services.
+//! guard the ports of mesh services, or without them [`Network::guard`].
 
 mod alloc_id;
 mod firewall;
+mod guard;
 mod host_ports;
 pub mod mounts;
 mod netlink;

@@ -22,7 +22,7 @@ use super::{host_ports, netns, open};
 use crate::task::{CgroupError, DirError};
 
 /// The interface inside a workload's netns.
-const INSIDE: &str = "eth0";
+pub(super) const INSIDE: &str = "eth0";
 /// Prefix length of the workload's IPv6 network.
 pub(super) const PREFIX6: u8 = 64;
 
@@ -184,6 +184,10 @@ impl Network {
     #[must_use]
     pub fn gateway6(&self) -> Option<Ipv6Addr> {
         self.ula.map(|ula| Ipv6Addr::from_bits(ula.to_bits() | u128::from(GATEWAY)))
+    }
+
+    pub(super) fn ula(&self) -> Option<Ipv6Addr> {
+        self.ula
     }
 
     /// The sources of what workloads send to each other's published ports: no address of a workload, nor of the host, so that

@@ -1,0 +1,37 @@
+//! A node without eBPF: who reaches an application, and what becomes of that when eBPF is turned on.
+
+use std::io::ErrorKind;
+use std::net::TcpStream;
+
+use culvert_tests::{Apps, Node, NodeOptions, Pair, World, eventually, is_direct, upstream};
+
+fn only_the_mesh_reaches_it(pair: &Pair) {
+    for address in [(pair.called.v4, 9001).into(), std::net::SocketAddr::from((pair.called.v6, 9001))] {
+        let refused = pair.stranger.connect(address).expect_err("another workload");
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{address}");
+        let refused = TcpStream::connect(address).expect_err("the host");
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{address}");
+    }
+}
+
+#[test]
+fn application_ports_are_guarded_without_ebpf_and_direct_connections_pass_when_it_is_turned_on() {
+    let world = World::new("no-ebpf");
+    let allow = "default_intention_policy = \"allow\"\n";
+    let settings = format!("{allow}ebpf {{ enabled = false }}");
+    let options = NodeOptions { encryption: "between-nodes", settings, server: true, ..NodeOptions::default() };
+    let mut node = Node::start(&world, options);
+    let pair = node.run_pair("");
+    let apps = Apps::join(&world);
+    let called = pair.called.serve(&["[::]:9001".parse().expect("an address")]);
+    eventually("a connection", || pair.caller.greeted(upstream()).is_ok());
+    only_the_mesh_reaches_it(&pair);
+
+    node.set(allow);
+    node.kill();
+    node.spawn();
+    eventually("the direct path", || pair.caller.greeted(upstream()).is_ok_and(|stream| is_direct(&stream)));
+    only_the_mesh_reaches_it(&pair);
+    drop((called, pair, apps));
+    node.leave();
+}
