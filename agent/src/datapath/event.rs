@@ -133,7 +133,13 @@ impl Record {
 
 impl KernelEvent {
     fn from_raw(kind: EventKind, event: &Event, now: SystemTime, boot: u64) -> Self {
-        let at = now.checked_sub(Duration::from_nanos(boot.saturating_sub(event.at))).unwrap_or(now);
+        // Later than that moment are those that came while the ring was read.
+        let at = if event.at < boot {
+            now.checked_sub(Duration::from_nanos(boot - event.at))
+        } else {
+            now.checked_add(Duration::from_nanos(event.at - boot))
+        };
+        let at = at.unwrap_or(now);
         let connection = DirectConnection {
             at,
             cookie: event.cookie,
@@ -309,6 +315,10 @@ mod tests {
         let duration = Duration::from_nanos(30);
         let close = KernelEvent::Close { connection, bytes_to_destination: 10, bytes_to_source: 20, duration };
         assert_eq!(read, Record::Event(close));
+        let KernelEvent::Close { connection, .. } = KernelEvent::from_raw(EventKind::Close, &event, now, 700) else {
+            unreachable!("a close")
+        };
+        assert_eq!(connection.at, now + Duration::from_nanos(200), "it came after the clocks were read");
         let unlisted = Event { kind: EventKind::Unlisted as u32, ..event };
         assert_eq!(Record::read(&encode(&unlisted), now, 1000), Some(Record::Unlisted(2)));
     }

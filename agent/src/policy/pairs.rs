@@ -22,6 +22,8 @@ use crate::task::{read_json, write_json};
 const FILE: &str = "direct.json";
 /// Layout of the file.
 const VERSION: u32 = 1;
+/// Pairs without workloads that are kept for events that come late; the oldest go.
+const MAX_PAST: usize = 4096;
 
 /// Two services between which direct connections are let through, or were.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -41,6 +43,13 @@ struct Known {
     callers: BTreeSet<u32>,
     /// Workloads and ports that a route led to.
     called: BTreeSet<(u32, u16)>,
+}
+
+impl Known {
+    /// May a connection of the pair live?
+    fn is_alive(&self) -> bool {
+        !self.callers.is_empty() && !self.called.is_empty()
+    }
 }
 
 /// The file's content.
@@ -69,7 +78,7 @@ impl Row {
     }
 }
 
-/// All pairs by their numbers, in memory and on disk. In memory they stay while the agent runs: events come late.
+/// All pairs by their numbers, in memory and on disk. In memory those without workloads stay for a while: events come late.
 pub(super) struct Pairs {
     file: PathBuf,
     next: u32,
@@ -163,6 +172,11 @@ impl Pairs {
             known.callers.retain(|workload| live(*workload));
             known.called.retain(|(workload, _)| live(*workload));
         }
+        let past: Vec<u32> =
+            self.known.iter().filter(|(_, known)| !known.is_alive()).map(|(number, _)| *number).collect();
+        for number in &past[..past.len().saturating_sub(MAX_PAST)] {
+            self.known.remove(number);
+        }
         if let Err(error) = self.store() {
             // Too much is written down then, which does no harm.
             warn!(file = %self.file.display(), error = chain(&error), "workloads that are gone are not forgotten");
@@ -176,7 +190,7 @@ impl Pairs {
 
     /// Brings the file in line with the memory: pairs between which something may live.
     fn store(&mut self) -> io::Result<()> {
-        let alive = self.known.iter().filter(|(_, known)| !known.callers.is_empty() && !known.called.is_empty());
+        let alive = self.known.iter().filter(|(_, known)| known.is_alive());
         let rows = alive.map(|(number, known)| Row {
             number: *number,
             source: known.pair.source.to_string(),

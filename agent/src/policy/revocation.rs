@@ -12,6 +12,8 @@ use crate::datapath::FlowEnds;
 
 /// How long after a revocation an end of one of its connections is still its work.
 const AFTERMATH: Duration = Duration::from_secs(1);
+/// How much earlier than it was an end may seem: times of the kernel are told by another clock, and the two are not read at once.
+const SLACK: Duration = Duration::from_millis(100);
 /// How long it is remembered: longer than events are on their way.
 const REMEMBERED_FOR: Duration = Duration::from_secs(60);
 
@@ -62,7 +64,7 @@ impl Revoked {
     ) {
         self.0.retain(|_, moment| to < moment.until + REMEMBERED_FOR);
         for (ends, rule) in ends {
-            self.0.insert(*ends, Moment { rule: rule.clone(), from, until: to + AFTERMATH });
+            self.0.insert(*ends, Moment { rule: rule.clone(), from: from - SLACK, until: to + AFTERMATH });
         }
     }
 
@@ -156,7 +158,7 @@ mod tests {
         let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
         revoked.note([(&ENDS, &rule)], at(100), at(101));
         assert_eq!(revoked.rule(&ENDS, at(99)), None);
-        assert_eq!(revoked.rule(&ENDS, at(100)), Some("rule"));
+        assert_eq!(revoked.rule(&ENDS, at(100) - SLACK), Some("rule"));
         assert_eq!(revoked.rule(&ENDS, at(102)), Some("rule"), "a moment later");
         assert_eq!(revoked.rule(&ENDS, at(103)), None);
         let other = FlowEnds { port: 1, ..ENDS };
