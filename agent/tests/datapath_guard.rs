@@ -7,7 +7,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
-use aya::maps::{Array, HashMap, MapData};
+use aya::maps::{Array, HashMap, MapData, PerCpuArray};
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use common::{APP, Pair, TestWorkload, eventually, greeting, table, upstream4};
@@ -385,6 +385,27 @@ fn events_of_refusals_are_bounded() {
     assert!((1..500).contains(&told), "{told}");
     let quota = programs.table::<u32, Quota>(map::QUOTA).get(&1, 0).expect("a quota");
     assert!(quota.suppressed > 0);
+}
+
+#[test]
+fn an_event_that_finds_the_ring_full_is_counted() {
+    let Some(mut programs) = Programs::load("ring_full") else { return };
+    let mut settings: Array<_, Settings> =
+        programs.0.map_mut(map::SETTINGS).expect("a map").try_into().expect("its type");
+    let unbounded = Settings { epoch: 0, auth_ttl: 1, auth_cap: 1, refusals_per_second: u32::MAX };
+    settings.set(0, unbounded, 0).expect("written");
+    let spoofed = ipv4(MAC, OTHER4, ADDR4, 6, 0, &tcp(80, SYN));
+    let lost = |programs: &mut Programs| -> u64 {
+        let map: PerCpuArray<_, u64> = programs.0.map_mut(map::LOST).expect("a map").try_into().expect("its type");
+        map.get(&0, 0).expect("counters").iter().sum()
+    };
+    assert!(!programs.leaves(&spoofed));
+    assert_eq!(lost(&mut programs), 0);
+    // More than there is room for in a mebibyte.
+    for _ in 0..11_000 {
+        programs.leaves(&spoofed);
+    }
+    assert!(lost(&mut programs) > 0);
 }
 
 /// Sends a SYN with a forged source from `liar`.
