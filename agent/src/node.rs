@@ -206,6 +206,7 @@ fn control_config(settings: &Settings, node_file: &NodeFile, routes: axum::Route
     ControlConfig {
         node_name: settings.node_name.clone(),
         node_id: node_file.node_id.to_string(),
+        node_meta: settings.node_meta.clone(),
         datacenter: settings.datacenter.clone(),
         data_dir: (!settings.dev).then(|| settings.data_dir.clone()),
         http: settings.http.clone(),
@@ -282,7 +283,7 @@ fn node_context(settings: &Settings, node_name: &str, node_file: &NodeFile) -> N
         name: node_name.to_owned(),
         datacenter: settings.datacenter.to_string(),
         attributes: attributes.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
-        meta: std::collections::BTreeMap::new(),
+        meta: settings.node_meta.clone(),
     }
 }
 

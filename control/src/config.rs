@@ -1,5 +1,6 @@
 //! What the agent tells the control plane, parsed and typed.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -21,6 +22,8 @@ pub struct ControlConfig {
     pub node_name: String,
     /// UUID of this node.
     pub node_id: String,
+    /// `Meta` of this node, beside what Consul's nodes always have.
+    pub node_meta: BTreeMap<String, String>,
     /// The datacenter: part of every identity.
     pub datacenter: Datacenter,
     /// Directory of `state.redb`; `None` keeps the state in memory (`-dev`).
@@ -106,6 +109,7 @@ impl ControlConfig {
         Self {
             node_name: node_name.to_owned(),
             node_id: node_id.to_owned(),
+            node_meta: BTreeMap::new(),
             datacenter,
             data_dir: None,
             http: vec![SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0)],

@@ -346,6 +346,10 @@ fn node(config: &ControlConfig) -> Node {
         name: config.node_name.clone(),
         id: config.node_id.clone(),
         address: config.advertise,
-        meta: meta.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
+        meta: meta
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .into_iter()
+            .chain(config.node_meta.clone())
+            .collect(),
     }
 }

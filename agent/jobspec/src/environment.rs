@@ -26,7 +26,7 @@ pub struct AllocContext {
     pub alloc_ip: IpAddr,
     /// The interface that carries `alloc_ip`.
     pub alloc_interface: String,
-    /// The ports of the group's network by label; the sidecars' as `connect-proxy-<service>`.
+    /// The ports of the group's network by label; for tasks also the sidecars' as `connect-proxy-<service>`.
     pub ports: BTreeMap<String, PortBinding>,
 }
 

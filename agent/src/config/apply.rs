@@ -1,5 +1,6 @@
 //! One key at a time: what each means, and what its value must look like. Flags go the same way as files.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -16,6 +17,11 @@ use crate::cli::AgentArgs;
 /// Longest node name; it is a label of DNS names.
 const MAX_NODE_NAME: usize = 63;
 
+/// Pairs of `node_meta`; bytes of a key and of a value (Consul's).
+const MAX_META: usize = 64;
+const MAX_META_KEY: usize = 128;
+const MAX_META_VALUE: usize = 512;
+
 /// What was said so far; `None` where nothing was.
 #[derive(Debug, Default)]
 pub(super) struct Draft {
@@ -23,6 +29,7 @@ pub(super) struct Draft {
     pub(super) server: Option<bool>,
     pub(super) datacenter: Option<Datacenter>,
     pub(super) node_name: Option<String>,
+    pub(super) node_meta: BTreeMap<String, String>,
     pub(super) data_dir: Option<PathBuf>,
     pub(super) bind: Option<IpAddr>,
     pub(super) client: Option<Vec<IpAddr>>,
@@ -147,6 +154,28 @@ impl Given<'_> {
         Ok(name.to_owned())
     }
 
+    /// Pairs of texts, by Consul's rules for the meta of a node.
+    fn meta(&self) -> Result<BTreeMap<String, String>, ConfigError> {
+        let Value::Object(entries) = self.value else { return Err(self.wanted("a block of strings")) };
+        let mut pairs = BTreeMap::new();
+        for Entry { key, node, .. } in entries {
+            let Value::Text(value) = &node.value else {
+                return Err(self.refuse(format!("the value of {key:?} must be a string, got {}", node.value.kind())));
+            };
+            let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+            if !(1..=MAX_META_KEY).contains(&key.len()) || !key.bytes().all(allowed) || key.starts_with("consul-") {
+                return Err(self.refuse(format!(
+                    "key {key:?} must be 1 to {MAX_META_KEY} letters, digits, '-' and '_', and not begin with \"consul-\""
+                )));
+            }
+            if value.len() > MAX_META_VALUE {
+                return Err(self.refuse(format!("the value of {key:?} is longer than {MAX_META_VALUE} bytes")));
+            }
+            pairs.insert(key.clone(), value.clone());
+        }
+        Ok(pairs)
+    }
+
     fn cgroup(&self) -> Result<String, ConfigError> {
         let name = self.text()?;
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
@@ -235,6 +264,12 @@ impl Draft {
         match key {
             "datacenter" => self.datacenter = Some(given.parsed()?),
             "node_name" | "node" => self.node_name = Some(given.node_name()?),
+            "node_meta" => {
+                self.node_meta.extend(given.meta()?);
+                if self.node_meta.len() > MAX_META {
+                    return Err(given.refuse(format!("must be at most {MAX_META} pairs")));
+                }
+            }
             "data_dir" => self.data_dir = Some(given.path()?),
             "server" => self.server = Some(given.boolean()?),
             "bootstrap" => drop(given.boolean()?), // one server is all there is: it always is its own leader

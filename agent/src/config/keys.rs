@@ -93,7 +93,6 @@ pub(super) const UNSUPPORTED: &[&str] = &[
     "log_sublevels",
     "max_query_time",
     "node_id",
-    "node_meta",
     "non_voting_server",
     "partition",
     "peering",

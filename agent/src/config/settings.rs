@@ -1,5 +1,6 @@
 //! The finished settings, with their defaults.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -31,6 +32,8 @@ pub struct Settings {
     pub dev: bool,
     /// Name of this node; default: the host's name up to its first character that a name cannot hold.
     pub node_name: String,
+    /// What `${meta.…}` means in job files; also the node's `Meta` in the catalog. Default none.
+    pub node_meta: BTreeMap<String, String>,
     /// Datacenter; default `dc1`.
     pub datacenter: Datacenter,
     /// Directory of all files; default [`DEFAULT_DATA_DIR`], with `-dev` [`DEFAULT_DEV_DATA_DIR`].
@@ -141,6 +144,7 @@ impl Settings {
         [
             (self.dev != new.dev, "dev"),
             (self.node_name != new.node_name, "node_name"),
+            (self.node_meta != new.node_meta, "node_meta"),
             (self.datacenter != new.datacenter, "datacenter"),
             (self.data_dir != new.data_dir, "data_dir"),
             (self.http != new.http, "client_addr, ports.http"),
@@ -180,6 +184,7 @@ impl Draft {
             http: on(self.http_port.unwrap_or(DEFAULT_HTTP_PORT)),
             grpc: grpc_port.map(on).unwrap_or_default(),
             node_name: self.node_name.map_or_else(host_name, Ok)?,
+            node_meta: self.node_meta,
             datacenter: self.datacenter.unwrap_or_else(|| Datacenter::new("dc1").expect("a valid name")),
             data_dir: self.data_dir.unwrap_or_else(|| default_dir.into()),
             log_level: self.log_level.unwrap_or_default(),

@@ -130,6 +130,24 @@ fn what_consul_knows_and_culvert_does_not_honour_is_refused_by_name() {
 }
 
 #[test]
+fn meta_of_the_node_comes_together_from_all_files_and_is_checked() {
+    let pairs = ["node_meta { rack = \"r1\" zone = \"a\" }", "node_meta = { zone = \"b\" }"];
+    let settings = load(&server(&pairs)).expect("loads");
+    let expected = [("rack", "r1"), ("zone", "b")].map(|(key, value)| (key.to_owned(), value.to_owned()));
+    assert_eq!(settings.node_meta, expected.into());
+    for (fragment, why) in [
+        ("node_meta = \"x\"", "must be a block of strings"),
+        ("node_meta { rack = 1 }", "the value of \"rack\" must be a string"),
+        ("node_meta { consul-x = \"1\" }", "not begin with \"consul-\""),
+        ("node_meta { \"a b\" = \"1\" }", "letters, digits"),
+        (&format!("node_meta {{ a = \"{}\" }}", "x".repeat(513)), "longer than 512 bytes"),
+    ] {
+        let text = error(fragment);
+        assert!(text.contains(why), "{fragment}: {text}");
+    }
+}
+
+#[test]
 fn a_key_without_effect_may_say_so() {
     let fragments = [
         "retry_join = []",

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use culvert_jobspec::{AllocContext, Environment, Group, Port, RestartMode as JobRestartMode, Task};
+use culvert_jobspec::{AllocContext, Environment, Group, Port, PortBinding, RestartMode as JobRestartMode, Task};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -219,7 +219,7 @@ impl Allocation {
         let workload = self.node.network.create(&self.id).await?;
         let addresses = std::iter::once(IpAddr::from(workload.addr4)).chain(workload.addr6.map(IpAddr::from)).collect();
         self.view.send_modify(|view| view.addresses = addresses);
-        let environment = self.context(&workload);
+        let mut environment = self.context(&workload);
         let registrations = self.registrations(group, &workload, &environment)?;
         // Known before the first is registered: whatever happens on the way, all of them are deregistered in the end.
         let planned = registrations.iter().map(ServiceView::planned).collect();
@@ -227,6 +227,7 @@ impl Allocation {
         self.attach(&workload, &registrations).await?;
         self.node.network.publish(&self.id, &self.port_maps(group, None)).await?;
         let services = self.register(&registrations).await?;
+        environment.ports.extend(sidecar_ports(&services));
         self.node.network.publish(&self.id, &self.port_maps(group, Some(&services))).await?;
         self.serve(&workload, &registrations, &services, stop).await?;
         self.view.send_modify(|view| (view.services, view.error) = (services.clone(), None));
@@ -515,6 +516,14 @@ impl Allocation {
     }
 }
 
+/// The sidecars' ports as tasks see them, labelled as Nomad labels them. The node maps them under the same number.
+fn sidecar_ports(services: &[ServiceView]) -> impl Iterator<Item = (String, PortBinding)> {
+    services.iter().filter_map(|service| {
+        let port = service.sidecar_port?;
+        Some((format!("connect-proxy-{}", service.service), PortBinding { host: port, inside: port }))
+    })
+}
+
 /// Failed as soon as one task has failed; running as soon as one runs.
 fn status(tasks: &BTreeMap<String, TaskView>) -> AllocationStatus {
     if tasks.values().any(|task| task.failed) {
@@ -533,4 +542,21 @@ fn restart_policy(task: &Task) -> RestartPolicy {
     };
     let restart = &task.restart;
     RestartPolicy { attempts: restart.attempts, interval: restart.interval, delay: restart.delay, mode }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tasks_see_the_ports_of_sidecars_as_nomad_labels_them() {
+        let service = |name: &str, sidecar_port| ServiceView {
+            service_id: name.to_owned(),
+            service: name.to_owned(),
+            sidecar_id: None,
+            sidecar_port,
+        };
+        let ports: Vec<_> = sidecar_ports(&[service("count-api", Some(21000)), service("plain", None)]).collect();
+        assert_eq!(ports, [("connect-proxy-count-api".to_owned(), PortBinding { host: 21000, inside: 21000 })]);
+    }
 }

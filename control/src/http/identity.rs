@@ -70,7 +70,7 @@ pub(super) fn agent_self(api: &Api) -> AgentSelf {
             "consul": {"bootstrap": "true", "known_datacenters": "1", "leader": "true", "server": "true", "acl": "disabled"},
             "runtime": {"arch": std::env::consts::ARCH, "os": std::env::consts::OS},
         })),
-        meta: object(json!({"consul-network-segment": "", "consul-version": api.version})),
+        meta: object(json!(state.node(&place.node).map(|node| &node.meta))),
         xds: api.grpc_port.map(|port| XdsSelf {
             supported_proxies: BTreeMap::from([("envoy".to_owned(), ENVOY_VERSIONS.map(str::to_owned).to_vec())]),
             port: port.into(),

@@ -153,7 +153,10 @@ async fn indexed_reads_carry_their_headers() {
 
 #[tokio::test]
 async fn the_agent_describes_itself_as_nomads_fingerprint_needs_it() {
-    let server = Server::start().await;
+    let node_meta = [("rack".to_owned(), "r1".to_owned())].into();
+    let server = Server::with(culvert_control::ControlConfig { node_meta, ..config() }).await;
+    let nodes = server.get("/v1/catalog/nodes?node-meta=rack:r1").await.ok();
+    assert_eq!(nodes[0]["Node"], "n1", "{nodes}");
     let body = server.get("/v1/agent/self").await.ok();
     for (key, value) in body.as_object().expect("an object") {
         assert!(value.is_object() || value.is_null(), "{key} must decode as an object");
@@ -167,6 +170,8 @@ async fn the_agent_describes_itself_as_nomads_fingerprint_needs_it() {
         ("/DebugConfig/ConnectEnabled", json!(true)),
         ("/DebugConfig/GRPCPort", json!(grpc)),
         ("/Member/Tags/segment", json!("")),
+        ("/Meta/rack", json!("r1")),
+        ("/Meta/consul-network-segment", json!("")),
         ("/xDS/Port", json!(grpc)),
         ("/xDS/Ports/Plaintext", json!(grpc)),
     ] {
