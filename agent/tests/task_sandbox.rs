@@ -118,7 +118,7 @@ fn a_sandboxed_task_cannot_mount_trace_or_leave() {
 fn a_user_namespace_gives_a_sandboxed_task_nothing_of_the_host() {
     in_world("userns", |world| async move {
         // Where the host lets anybody make user namespaces, root in one still owns nothing outside.
-        let script = "unshare -U -r -m sh -c '\
+        let script = "unshare -U -r -m sh -c 'echo inside $(id -u); \
                           mount -o remount,rw,bind /usr && echo ESCAPED remount; \
                           mount -o remount,rw /etc && echo ESCAPED remount; \
                           umount /etc && echo ESCAPED umount; umount /proc/sys && echo ESCAPED unmask; \
@@ -129,7 +129,19 @@ fn a_user_namespace_gives_a_sandboxed_task_nothing_of_the_host() {
         let network = culvert_agent::workload::Network::open(world.settings()).await.expect("opened");
         spec.netns = Some(network.create(&spec.alloc_id).await.expect("created").netns);
         let (_, text) = run_to_end(&spec).await;
-        assert_eq!(text, "done\n");
+        if text == "done\n" {
+            // Refused before anything was tried: nothing is shown.
+            assert!(
+                std::env::var_os("CI").is_none(),
+                "this host lets nobody make user namespaces, and CI must not skip it"
+            );
+            #[allow(clippy::print_stderr, reason = "a skip must be seen")]
+            {
+                eprintln!("SKIPPED: this host lets nobody make user namespaces");
+            }
+            return;
+        }
+        assert_eq!(text, "inside 0\ndone\n");
     });
 }
 
