@@ -170,9 +170,17 @@ fn only_published_ports_are_reached_from_outside_and_the_host_becomes_no_router(
         tell_addresses(listen(&inner, ANY.parse().expect("an address")).await.expect("listening"));
         assert!(ask_from(&outside, "172.26.64.2:9001").await.is_err(), "a route to the subnet is no way in");
         assert!(ask_from(&outside, "10.2.0.2:9001").await.is_err(), "the host did not forward before");
+        let later = neighbour("later", &["10.3.0.1/24"], &["10.3.0.2/24"]);
+        run("ip", &["-n", "later", "route", "add", "default", "via", "10.3.0.1"]);
+        assert!(
+            ask_from(&later, "10.2.0.2:9001").await.is_err(),
+            "an interface that came later is none to pass through"
+        );
         run("nft", &["delete", "chain", "inet", "culvert", "forward"]);
         ask_from(&outside, "172.26.64.2:9001").await.expect("the chain is what kept it away");
-        ask_from(&outside, "10.2.0.2:9001").await.expect("the chain is what kept it away");
+        for from in [&outside, &later] {
+            ask_from(from, "10.2.0.2:9001").await.expect("the chain is what kept it away");
+        }
     });
 }
 

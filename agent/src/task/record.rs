@@ -39,7 +39,8 @@ impl ProcessIdentity {
     }
 }
 
-fn boot_id() -> io::Result<String> {
+/// What changes with every boot of the host.
+pub(crate) fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::settings::Subnet4;
-use super::state::{GATEWAY, Guarded};
+use super::state::{GATEWAY, Routers};
 use super::types::PortMap;
 
 /// Where `nft` is when root's PATH lacks the system directories.
@@ -57,7 +57,7 @@ pub(super) struct Ruleset<'a> {
     /// Sources of what workloads send to each other's published ports.
     pub(super) hairpin4: Ipv4Addr,
     pub(super) hairpin6: Option<Ipv6Addr>,
-    pub(super) guarded: &'a Guarded,
+    pub(super) routers: Routers,
     /// Published ports with the addresses of the allocation behind them.
     pub(super) ports: Vec<(Ipv4Addr, Option<Ipv6Addr>, &'a PortMap)>,
 }
@@ -144,20 +144,22 @@ impl Ruleset<'_> {
         rules
     }
 
-    /// Only published ports are reachable from outside, and interfaces that did not forward before still lead nowhere but
-    /// to workloads. What another program translates (`ct status dnat`) is its own affair.
+    /// Only published ports are reachable from outside, and interfaces that did not forward before culvert came, or were
+    /// not there, lead nowhere but to workloads. What another program translates (`ct status dnat`) is its own affair.
     fn forward(&self) -> Vec<String> {
         let bridge = self.bridge;
         let mut rules = vec![
             format!("iifname != \"{bridge}\" oifname \"{bridge}\" ct status dnat accept"),
             format!("iifname != \"{bridge}\" oifname \"{bridge}\" ct state new drop"),
         ];
-        for (family, interfaces) in [("ipv4", &self.guarded.ipv4), ("ipv6", &self.guarded.ipv6)] {
-            for interface in interfaces {
-                let from = format!("meta nfproto {family} iifname \"{interface}\" oifname != \"{bridge}\"");
-                rules.push(format!("{from} ct status dnat accept"));
-                rules.push(format!("{from} ct state new drop"));
-            }
+        for (family, routers) in [("ipv4", &self.routers.ipv4), ("ipv6", &self.routers.ipv6)] {
+            let Some(routers) = routers else { continue };
+            let plain = routers.iter().map(String::as_str).filter(|name| is_plain_name(name));
+            let free: Vec<String> = std::iter::once(bridge).chain(plain).map(|name| format!("\"{name}\"")).collect();
+            let others = format!("iifname != {{ {} }}", free.join(", "));
+            let from = format!("meta nfproto {family} {others} oifname != \"{bridge}\"");
+            rules.push(format!("{from} ct status dnat accept"));
+            rules.push(format!("{from} ct state new drop"));
         }
         rules
     }
@@ -231,7 +233,7 @@ fn run(nft: &Path, args: &[&str], script: &str) -> Result<String, FirewallError>
 }
 
 /// May `name`, read from the kernel, stand in a script? The kernel allows almost any byte in an interface's name.
-pub(super) fn is_plain_name(name: &str) -> bool {
+fn is_plain_name(name: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b':' | b'@');
     !name.is_empty() && name.bytes().all(allowed)
 }
@@ -242,7 +244,7 @@ mod tests {
 
     #[test]
     fn the_table_is_replaced_as_a_whole_and_holds_each_port_for_both_families() {
-        let guarded = Guarded { ipv4: ["eth0".to_owned()].into(), ..Guarded::default() };
+        let routers = Routers { ipv4: Some(["eth1".to_owned(), "a\"b".to_owned()].into()), ipv6: None };
         let everywhere = PortMap { host_port: 9002, to: 80, addr: None, owner: "web:http".into() };
         let one = PortMap { host_port: 53, to: 5353, addr: "10.0.0.1".parse().ok(), owner: "dns:dns".into() };
         let (addr4, addr6) = (Ipv4Addr::new(172, 26, 64, 5), "fd00::5".parse().ok());
@@ -253,7 +255,7 @@ mod tests {
             ula: "fd00::".parse().ok(),
             hairpin4: Ipv4Addr::new(169, 254, 172, 26),
             hairpin6: "fd00:0:0:1::1".parse().ok(),
-            guarded: &guarded,
+            routers,
             ports: vec![(addr4, addr6, &everywhere), (addr4, addr6, &one)],
         };
         let script = ruleset.script();
@@ -263,7 +265,8 @@ mod tests {
         assert_eq!(count("th dport 9002 dnat ip6 to [fd00::5]:80"), 2, "{script}");
         assert_eq!(count("ip daddr 10.0.0.1 meta l4proto { tcp, udp } th dport 53 dnat ip to 172.26.64.5:5353"), 2);
         assert_eq!(count("5353"), 2, "an IPv4 address is published for IPv4 alone");
-        assert_eq!(count("iifname \"eth0\" oifname != \"culvert0\""), 2, "{script}");
+        let others = "meta nfproto ipv4 iifname != { \"culvert0\", \"eth1\" } oifname != \"culvert0\"";
+        assert_eq!((count(others), count("nfproto ipv6 iifname")), (2, 0), "{script}");
         assert_eq!(count("ip saddr != 172.26.64.1 ct status dnat snat ip to 169.254.172.26"), 1, "{script}");
         assert_eq!(count("ip6 saddr != fd00::1 ct status dnat snat ip6 to fd00:0:0:1::1"), 1, "{script}");
         assert_eq!(count("ip saddr 172.26.64.5 ip daddr 172.26.64.5 ct status dnat masquerade"), 1, "{script}");

@@ -416,7 +416,7 @@ impl Network {
             ula: self.ula,
             hairpin4: HAIRPIN4,
             hairpin6: self.hairpin6(),
-            guarded: state.guarded(),
+            routers: state.routers(),
             ports: ports.collect(),
         };
         let (nft, script) = (self.settings.nft.clone(), ruleset.script());

@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv6Addr};
 use super::netlink::Netlink;
 use super::network::{NetworkError, PREFIX6, failed, mac_of};
 use super::settings::NetworkSettings;
-use super::state::{GATEWAY, State};
-use super::{firewall, sysctl};
+use super::state::{GATEWAY, State, forwarding, interface_forwarding};
+use super::sysctl;
 
 /// Makes or adopts the bridge with its addresses; returns its index.
 pub(super) async fn open_bridge(
@@ -60,8 +60,8 @@ async fn check_overlap(netlink: &Netlink, settings: &NetworkSettings) -> Result<
     Ok(())
 }
 
-/// Makes the host forward for the bridge. What is changed is remembered for [`Network::close_all`]; interfaces that did not
-/// forward before are guarded by the packet filter, so that the host becomes a router for workloads only.
+/// Makes the host forward for the bridge. What is changed is remembered for [`Network::close_all`]; the packet filter lets
+/// only interfaces go on that forwarded before, so that the host becomes a router for workloads only.
 pub(super) async fn open_sysctls(
     netlink: &Netlink,
     settings: &NetworkSettings,
@@ -69,15 +69,15 @@ pub(super) async fn open_sysctls(
     state: &mut State,
 ) -> Result<Vec<String>, NetworkError> {
     let mut warnings = Vec::new();
-    if sysctl::read("net/ipv4/ip_forward")? == "0" {
+    if sysctl::read(forwarding("ipv4"))? == "0" {
         // The kernel changes these when forwarding is switched, either way.
         remember_forwarding(settings, "ipv4", state)?;
         let redirects = "net/ipv4/conf/all/accept_redirects";
         state.remember_sysctl(redirects, &sysctl::read(redirects)?)?;
-        state.remember_sysctl("net/ipv4/ip_forward", "0")?;
-        sysctl::set("net/ipv4/ip_forward", "1")?;
+        state.remember_sysctl(forwarding("ipv4"), "0")?;
+        sysctl::set(forwarding("ipv4"), "1")?;
     }
-    if ipv6 && sysctl::read("net/ipv6/conf/all/forwarding")? == "0" {
+    if ipv6 && sysctl::read(forwarding("ipv6"))? == "0" {
         if netlink.has_learned_default6().await.map_err(failed("list", "IPv6 routes"))? {
             warnings.push(
                 "this host learned its IPv6 default route from a router and would lose it as a router itself: IPv6 stays \
@@ -86,25 +86,19 @@ pub(super) async fn open_sysctls(
             );
         } else {
             remember_forwarding(settings, "ipv6", state)?;
-            state.remember_sysctl("net/ipv6/conf/all/forwarding", "0")?;
-            sysctl::set("net/ipv6/conf/all/forwarding", "1")?;
+            state.remember_sysctl(forwarding("ipv6"), "0")?;
+            sysctl::set(forwarding("ipv6"), "1")?;
         }
     }
     Ok(warnings)
 }
 
 fn remember_forwarding(settings: &NetworkSettings, family: &str, state: &mut State) -> Result<(), NetworkError> {
-    let mut guarded = Vec::new();
     for interface in sysctl::interfaces(family) {
-        let name = format!("net/{family}/conf/{interface}/forwarding");
-        if interface == settings.bridge || !sysctl::exists(&name) {
-            continue;
-        }
-        if sysctl::read(&name)? != "0" {
+        let name = interface_forwarding(family, &interface);
+        if interface != settings.bridge && sysctl::exists(&name) && sysctl::read(&name)? != "0" {
             state.remember_sysctl(&name, "1")?;
-        } else if interface != "lo" && firewall::is_plain_name(&interface) {
-            guarded.push(interface);
         }
     }
-    Ok(state.guard(family == "ipv6", guarded)?)
+    Ok(())
 }

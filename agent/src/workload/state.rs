@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::alloc_id::AllocId;
 use super::settings::Subnet4;
 use super::types::PortMap;
-use crate::task::{read_json, write_json};
+use crate::task::{boot_id, read_json, write_json};
 
 /// Name of the file in the data directory.
 const FILE: &str = "network.json";
@@ -42,15 +42,27 @@ struct Content {
     allocations: BTreeMap<AllocId, Share>,
     /// Host settings we changed, with their former values.
     sysctls: BTreeMap<String, String>,
-    /// Interfaces that did not forward before we made the host forward.
-    guarded: Guarded,
+    /// `/proc/sys/kernel/random/boot_id` when they were changed.
+    #[serde(default)]
+    boot_id: String,
 }
 
-/// Interfaces that must not become a way through this host: they forwarded nothing before culvert came.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-pub(super) struct Guarded {
-    pub(super) ipv4: BTreeSet<String>,
-    pub(super) ipv6: BTreeSet<String>,
+/// Interfaces that may go on forwarding, by family; `None`: all of them, because the host forwarded before culvert came.
+/// Every other interface, also one that appears later, must not become a way through this host.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub(super) struct Routers {
+    pub(super) ipv4: Option<BTreeSet<String>>,
+    pub(super) ipv6: Option<BTreeSet<String>>,
+}
+
+/// The setting by which the host forwards at all.
+pub(super) fn forwarding(family: &str) -> &'static str {
+    if family == "ipv6" { "net/ipv6/conf/all/forwarding" } else { "net/ipv4/ip_forward" }
+}
+
+/// The same of one interface.
+pub(super) fn interface_forwarding(family: &str, interface: &str) -> String {
+    format!("net/{family}/conf/{interface}/forwarding")
 }
 
 /// The file and its content.
@@ -119,7 +131,7 @@ impl State {
             released: VecDeque::new(),
             allocations: BTreeMap::new(),
             sysctls: BTreeMap::new(),
-            guarded: Guarded::default(),
+            boot_id: String::new(),
         });
         if content.version != VERSION {
             let other = format!("layout version {} instead of {VERSION}", content.version);
@@ -130,6 +142,14 @@ impl State {
                 return Err(StateError::Subnet { path, recorded: content.subnet, configured: text });
             }
             (content.subnet, content.fresh, content.released) = (text, GATEWAY + 1, VecDeque::new());
+        }
+        let boot_id = boot_id().map_err(failed)?;
+        if content.boot_id != boot_id {
+            if !content.boot_id.is_empty() {
+                // The kernel has forgotten what was changed, and its settings are the administrator's again.
+                content.sysctls.clear();
+            }
+            content.boot_id = boot_id;
         }
         Ok(Self { path, subnet, content })
     }
@@ -214,16 +234,19 @@ impl State {
         &self.content.sysctls
     }
 
-    /// Remembers interfaces that did not forward before, over IPv4 or IPv6.
-    pub(super) fn guard(&mut self, ipv6: bool, interfaces: Vec<String>) -> Result<(), StateError> {
-        self.change(|content| {
-            let guarded = if ipv6 { &mut content.guarded.ipv6 } else { &mut content.guarded.ipv4 };
-            guarded.extend(interfaces);
-        })
-    }
-
-    pub(super) fn guarded(&self) -> &Guarded {
-        &self.content.guarded
+    /// Who may go on forwarding: where culvert switched it on, those that did before.
+    pub(super) fn routers(&self) -> Routers {
+        let sysctls = self.sysctls();
+        let of = |family: &str| {
+            let forwarded = |interface: &String| {
+                sysctls.get(&interface_forwarding(family, interface)).is_some_and(|former| former != "0")
+            };
+            let prefix = format!("net/{family}/conf/");
+            let interfaces = sysctls.keys().filter_map(|name| name.strip_prefix(&prefix)?.strip_suffix("/forwarding"));
+            let interfaces = interfaces.filter(|name| *name != "all").map(str::to_owned).filter(forwarded);
+            sysctls.contains_key(forwarding(family)).then(|| interfaces.collect())
+        };
+        Routers { ipv4: of("ipv4"), ipv6: of("ipv6") }
     }
 
     /// Removes the file: the node has left.
@@ -302,6 +325,30 @@ mod tests {
         assert_eq!(owner(&state, &other, Some("10.0.0.1")), Some("one:http".into()));
         assert_eq!(owner(&state, &other, None), Some("one:http".into()));
         assert_eq!(owner(&state, &one, None), None, "its own ports are no obstacle");
+    }
+
+    #[test]
+    fn only_what_forwarded_before_goes_on_and_a_reboot_forgets_it() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut state = State::load(directory.path(), subnet(24)).expect("loaded");
+        assert_eq!(state.routers(), Routers::default(), "nothing was switched on");
+        let changed = [
+            ("net/ipv4/conf/eth1/forwarding", "1"),
+            ("net/ipv4/conf/all/accept_redirects", "1"),
+            ("net/ipv4/ip_forward", "0"),
+        ];
+        for (name, former) in changed {
+            state.remember_sysctl(name, former).expect("kept");
+        }
+        let routers = Routers { ipv4: Some(["eth1".to_owned()].into()), ipv6: None };
+        assert_eq!(state.routers(), routers);
+        assert_eq!(State::load(directory.path(), subnet(24)).expect("loaded").routers(), routers);
+        let path = directory.path().join(FILE);
+        let mut json: serde_json::Value = read_json(&path).expect("read").expect("there");
+        json["boot_id"] = "another".into();
+        write_json(&path, &json).expect("written");
+        let rebooted = State::load(directory.path(), subnet(24)).expect("loaded");
+        assert!(rebooted.sysctls().is_empty() && rebooted.routers() == Routers::default());
     }
 
     #[test]
