@@ -85,8 +85,9 @@ async fn by_prefix(client: &Client, prefix: &str) -> anyhow::Result<Vec<Allocati
 }
 
 fn choose(candidates: &[AllocationStatus], target: &str, task: Option<&str>) -> anyhow::Result<(String, String)> {
-    let running = candidates.iter().any(|allocation| allocation.status == "running");
-    let live = |allocation: &&AllocationStatus| !running || allocation.status == "running";
+    let lives = |allocation: &AllocationStatus| allocation.status == "running" && !allocation.stopping;
+    let some = candidates.iter().any(lives);
+    let live = |allocation: &&AllocationStatus| !some || lives(allocation);
     let mut found = Vec::new();
     for allocation in candidates.iter().filter(live) {
         let tasks = allocation.tasks.iter().filter(|one| task.is_none_or(|task| one.name == task));
@@ -116,7 +117,9 @@ mod tests {
 
     #[test]
     fn the_only_live_task_needs_no_name() {
-        let candidates = [allocation("old", "complete", &["web"]), allocation("new", "running", &["web"])];
+        let ending = AllocationStatus { stopping: true, ..allocation("ending", "running", &["web"]) };
+        let old = allocation("old", "complete", &["web"]);
+        let candidates = [ending, old, allocation("new", "running", &["web"])];
         assert_eq!(choose(&candidates, "x", None).expect("one"), ("new".to_owned(), "web".to_owned()));
         let dead = [allocation("old", "failed", &["web"])];
         assert_eq!(choose(&dead, "x", None).expect("one").0, "old");

@@ -69,6 +69,7 @@ fn detail(status: &JobStatus, verbose: bool, session: &mut Session<'_>) -> std::
     for allocation in &status.allocations {
         let AllocationStatus { group, version, status, .. } = allocation;
         let created = ago(allocation.created.0, now);
+        let status = if allocation.stopping { &format!("{status}, stopping") } else { status };
         table.row([&short(allocation), group, version, status, &created, &allocation.addresses.join(", ")]);
     }
     section("Allocations", &table, output)?;

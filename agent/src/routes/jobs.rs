@@ -86,13 +86,15 @@ pub(super) async fn status(
     let views = node.runner.views();
     let view = node.mesh.borrow().clone();
     let own = views.iter().filter(|allocation| allocation.record.job.id == record.job.id);
+    let mut own: Vec<&AllocationView> = own.collect();
+    own.sort_by_key(|allocation| allocation.record.stopping); // what is on its way out comes last
     Ok(Json(JobStatus {
         version: record.version,
         status: job_status(&record, &views).to_owned(),
         stopped: record.stopped,
         submitted: time(record.submitted),
         datacenters: record.job.datacenters.clone(),
-        allocations: own.map(|allocation| allocation_status(allocation, &node.runner, &view)).collect(),
+        allocations: own.into_iter().map(|allocation| allocation_status(allocation, &node.runner, &view)).collect(),
         id: record.job.id,
     }))
 }
@@ -146,6 +148,7 @@ fn allocation_status(allocation: &AllocationView, runner: &Runner, view: &MeshVi
         index: record.index,
         version: record.job_version,
         status: allocation.status.as_str().to_owned(),
+        stopping: record.stopping,
         error: allocation.error.clone(),
         created: time(record.created),
         addresses: allocation.addresses.iter().map(ToString::to_string).collect(),

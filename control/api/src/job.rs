@@ -93,6 +93,8 @@ pub struct AllocationStatus {
     pub index: u32,
     pub version: u64,
     pub status: String,
+    /// It was told to stop and is there until everything of it is gone.
+    pub stopping: bool,
     /// Why it does not get on.
     pub error: Option<String>,
     pub created: Timestamp,
