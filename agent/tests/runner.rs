@@ -186,6 +186,7 @@ fn what_failed_stays_failed_under_the_next_agent() {
         let next = Runner::start(node);
         assert_eq!(view(&next, &failed).status, AllocationStatus::Failed);
         assert_eq!(view(&next, &failed).error.as_deref(), Some("failed tasks: main"));
+        eventually("its task is shown", async || view(&next, &failed).tasks.contains_key("main")).await;
         let again = next.submit(failing).expect("accepted");
         assert_eq!(again.stopped, [failed]);
         becomes(&next, &again.created[0], AllocationStatus::Failed).await;

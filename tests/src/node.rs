@@ -150,6 +150,15 @@ impl Node {
         self.ended();
     }
 
+    /// Ctrl-C.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn interrupt(&self) {
+        let pid = Pid::from_raw(self.pid());
+        kill(pid, Signal::SIGINT).expect("send a signal");
+    }
+
     /// `culvert leave`: everything is removed, the agent ends.
     ///
     /// # Panics
@@ -159,8 +168,14 @@ impl Node {
         self.ended();
     }
 
-    fn ended(&mut self) {
-        let status = self.agent.take().expect("the agent runs").wait().expect("reap the agent");
+    /// The agent ends by itself, and well.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn ended(&mut self) {
+        let mut agent = self.agent.take().expect("the agent runs");
+        eventually("the agent ends", || agent.try_wait().expect("reap the agent").is_some());
+        let status = agent.wait().expect("reap the agent");
         assert!(status.success(), "the agent ended with {status}:\n{}", self.log());
     }
 

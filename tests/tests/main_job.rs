@@ -120,6 +120,31 @@ fn a_default_of_deny_lets_nothing_through_until_allowed() {
 }
 
 #[test]
+fn a_second_signal_to_an_agent_that_leaves_ends_its_wait() {
+    let world = World::new("second-signal");
+    let mut node = Node::start(&world, NodeOptions::default());
+    let job = r#"job "stubborn" {
+        group "g" {
+            network { mode = "bridge" }
+            task "main" {
+                driver       = "raw_exec"
+                kill_timeout = "1h"
+                config {
+                    command = "/bin/sh"
+                    args    = ["-c", "trap '' INT; touch /run/test/trapped; while :; do sleep 1; done"]
+                }
+            }
+        }
+    }"#;
+    node.run_job("stubborn", job);
+    eventually("the task has its trap", || std::path::Path::new("/run/test/trapped").exists());
+    node.interrupt();
+    eventually("the agent waits for the task", || node.log().contains("stopping every job"));
+    node.interrupt();
+    node.ended();
+}
+
+#[test]
 fn what_cannot_be_removed_keeps_no_agent_from_starting_and_leave_tells_it() {
     let world = World::new("not-removable");
     let obstacle = std::path::Path::new("/run/netns/culvert-deadbeef");

@@ -149,6 +149,7 @@ impl Allocation {
             // It failed under an agent before this one, which may have been killed before it had ended everything.
             self.deregister().await;
             self.end_strays().await;
+            self.show_dead_tasks();
             stop.cancelled().await;
         } else {
             if let Some(up) = self.bring_up(&stop).await {
@@ -157,6 +158,14 @@ impl Allocation {
             self.watch_until(&stop, &stop_tasks).await;
         }
         self.take_down(&tasks, &stop_tasks).await;
+    }
+
+    /// What ran under an agent before this one: its output is still there to be read.
+    fn show_dead_tasks(&self) {
+        let Ok(group) = self.group() else { return };
+        let dead = || TaskView { state: TaskState::Dead, ..TaskView::default() };
+        let tasks: BTreeMap<String, TaskView> = group.tasks.iter().map(|task| (task.name.clone(), dead())).collect();
+        self.view.send_modify(|view| view.tasks = tasks);
     }
 
     /// Tries until everything before the tasks is up; `None` when told to stop before, or when no attempt can succeed.
