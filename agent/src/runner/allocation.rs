@@ -6,27 +6,25 @@
 //! idempotent: taking over an allocation after the agent was killed is the same way up, and a step that failed is tried
 //! again.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use culvert_jobspec::{AllocContext, Environment, Group, Port, PortBinding, RestartMode as JobRestartMode, Task};
+use culvert_jobspec::{AllocContext, Environment, Group, Port, PortBinding};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::dialer::sidecar_id;
 use super::records::{AllocationRecord, RecordError};
 use super::registration::{Allocated, INTERFACE, Registration, SidecarAddress, registrations};
-use super::tasks::{TaskLife, TaskState, TaskView, end};
-use super::{NodeServices, RunError, ports};
+use super::{AllocationStatus, AllocationView, NodeServices, RunError, ServiceView, ports};
 use crate::policy::Attachment;
 use crate::report::chain;
-use crate::task::{Adoption, Hierarchies, Signal, adopt, find_record, kill_and_remove, task_owner};
-use crate::task::{AllocDir, Driver, LogSettings, Resources, RestartMode, RestartPolicy, TaskSpec};
+use crate::task::{AllocDir, Hierarchies, kill_and_remove};
 use crate::worker::Served;
 use crate::workload::{AllocId, NetworkError, PortMap, Workload};
 
@@ -41,74 +39,6 @@ const MAX_PAUSE: Duration = Duration::from_secs(30);
 /// Attempts to remove an allocation before it is left to the next start of the agent.
 const REMOVE_ATTEMPTS: u32 = 5;
 
-/// Where an allocation stands, in Nomad's words.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum AllocationStatus {
-    /// Being set up.
-    #[default]
-    Pending,
-    /// Its tasks run.
-    Running,
-    /// It was stopped, everything of it is gone.
-    Complete,
-    /// A task failed for good.
-    Failed,
-}
-
-impl AllocationStatus {
-    /// Nomad's word.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Pending => "pending",
-            Self::Running => "running",
-            Self::Complete => "complete",
-            Self::Failed => "failed",
-        }
-    }
-}
-
-/// A registered service of an allocation.
-#[derive(Clone, Debug)]
-pub struct ServiceView {
-    /// Catalog ID.
-    pub service_id: String,
-    /// Its name.
-    pub service: String,
-    /// Catalog ID of its sidecar.
-    pub sidecar_id: Option<String>,
-    /// Port of the sidecar's inbound listener.
-    pub sidecar_port: Option<u16>,
-}
-
-impl ServiceView {
-    fn planned(registration: &Registration) -> Self {
-        Self {
-            service_id: registration.service_id.clone(),
-            service: registration.service.clone(),
-            sidecar_id: registration.sidecar_id.clone(),
-            sidecar_port: None,
-        }
-    }
-}
-
-/// What is known of an allocation.
-#[derive(Clone, Debug)]
-pub struct AllocationView {
-    /// As written down.
-    pub record: AllocationRecord,
-    /// Where it stands.
-    pub status: AllocationStatus,
-    /// Why it does not get on.
-    pub error: Option<String>,
-    /// Its addresses on the bridge.
-    pub addresses: Vec<IpAddr>,
-    /// Its services.
-    pub services: Vec<ServiceView>,
-    /// Its tasks by name.
-    pub tasks: BTreeMap<String, TaskView>,
-}
-
 /// One allocation.
 pub(super) struct Allocation {
     pub(super) id: AllocId,
@@ -118,10 +48,10 @@ pub(super) struct Allocation {
 }
 
 /// What is up before the tasks.
-struct Up {
-    workload: Workload,
-    services: Vec<ServiceView>,
-    environment: AllocContext,
+pub(super) struct Up {
+    pub(super) workload: Workload,
+    pub(super) services: Vec<ServiceView>,
+    pub(super) environment: AllocContext,
 }
 
 impl Allocation {
@@ -158,14 +88,6 @@ impl Allocation {
             self.watch_until(&stop, &stop_tasks).await;
         }
         self.take_down(&tasks, &stop_tasks).await;
-    }
-
-    /// What ran under an agent before this one: its output is still there to be read.
-    fn show_dead_tasks(&self) {
-        let Ok(group) = self.group() else { return };
-        let dead = || TaskView { state: TaskState::Dead, ..TaskView::default() };
-        let tasks: BTreeMap<String, TaskView> = group.tasks.iter().map(|task| (task.name.clone(), dead())).collect();
-        self.view.send_modify(|view| view.tasks = tasks);
     }
 
     /// Tries until everything before the tasks is up; `None` when told to stop before, or when no attempt can succeed.
@@ -243,7 +165,7 @@ impl Allocation {
         Ok(Up { workload, services, environment })
     }
 
-    fn group(&self) -> Result<&Group, RunError> {
+    pub(super) fn group(&self) -> Result<&Group, RunError> {
         let record = &self.record;
         record.job.group(&record.group).ok_or_else(|| RunError::UnknownGroup(record.group.clone()))
     }
@@ -357,83 +279,6 @@ impl Allocation {
         Ok(())
     }
 
-    fn start_tasks(&self, up: &Up, tasks: &TaskTracker, stop: &CancellationToken) {
-        let Ok(group) = self.group() else { return };
-        info!(alloc = %self.id, services = up.services.len(), "starting the tasks");
-        for task in &group.tasks {
-            let (publish, view) = watch::channel(TaskView::default());
-            self.follow(task.name.clone(), view, tasks);
-            match self.task_spec(group, task, up) {
-                Ok(spec) => {
-                    let (policy, executor) = (restart_policy(task), self.node.executor.clone());
-                    let hurry = self.node.hurry.clone();
-                    let life = TaskLife { spec, policy, view: publish, executor, hurry };
-                    tasks.spawn(life.run(stop.clone()));
-                }
-                Err(error) => {
-                    let error = chain(&error);
-                    warn!(alloc = %self.id, task = task.name, error, "task cannot be started");
-                    publish.send_modify(|view| (view.state, view.failed) = (TaskState::Dead, true));
-                    self.view.send_modify(|view| view.error = Some(error));
-                }
-            }
-        }
-        tasks.close();
-    }
-
-    fn task_spec(&self, group: &Group, task: &Task, up: &Up) -> Result<TaskSpec, RunError> {
-        let driver = match task.driver.as_str() {
-            "exec" => Driver::Exec,
-            "raw_exec" => Driver::RawExec,
-            other => return Err(RunError::Driver(other.to_owned())),
-        };
-        let owner = task_owner(driver, task.user.as_deref())?;
-        let dirs = AllocDir::new(&self.node.data_dir, &self.id).add_task(&task.name, owner)?;
-        let seen = dirs.env(driver).map(|(_, path)| path);
-        let [alloc, local, secrets] = seen;
-        let seen = culvert_jobspec::TaskDirs { alloc, local, secrets };
-        let environment = Environment::of_task(&self.record.job, &group.name, &task.name, &up.environment, &seen)?;
-        let command = task.driver.command().ok_or_else(|| RunError::Driver(task.driver.as_str().to_owned()))?;
-        let args = command.args.iter().map(|argument| argument.render("args", &environment));
-        Ok(TaskSpec {
-            alloc_id: self.id.clone(),
-            task: task.name.clone(),
-            driver,
-            command: command.command.render("command", &environment)?,
-            args: args.collect::<Result<_, _>>()?,
-            env: environment.variables().clone(),
-            user: task.user.clone(),
-            netns: Some(up.workload.netns.clone()),
-            cgroup_parent: self.node.cgroup_parent.clone(),
-            resources: Resources {
-                cpu_mhz: task.resources.cpu_mhz,
-                memory_mb: task.resources.memory_mb,
-                ..Resources::default()
-            },
-            kill_signal: task.kill_signal.parse::<Signal>()?,
-            kill_timeout: task.kill_timeout,
-            logs: LogSettings { max_files: task.logs.max_files, max_file_size_mb: task.logs.max_file_size_mb },
-            dirs,
-        })
-    }
-
-    /// Copies what a task tells of itself into the allocation's view.
-    fn follow(&self, task: String, mut view: watch::Receiver<TaskView>, tasks: &TaskTracker) {
-        let publish = self.view.clone();
-        tasks.spawn(async move {
-            loop {
-                let now = view.borrow_and_update().clone();
-                publish.send_modify(|allocation| {
-                    allocation.tasks.insert(task.clone(), now);
-                    allocation.status = status(&allocation.tasks);
-                });
-                if view.changed().await.is_err() {
-                    return;
-                }
-            }
-        });
-    }
-
     /// Waits for the end. A task that failed for good takes its siblings along, and the services out of the catalog.
     async fn watch_until(&self, stop: &CancellationToken, stop_tasks: &CancellationToken) {
         let mut view = self.view.subscribe();
@@ -483,20 +328,6 @@ impl Allocation {
         self.view.send_modify(|view| view.status = AllocationStatus::Complete);
     }
 
-    /// Ends tasks that an earlier agent started and that were not taken over, because the allocation stops before it came up.
-    async fn end_strays(&self) {
-        let Ok(group) = self.group() else { return };
-        for task in &group.tasks {
-            let dirs = AllocDir::new(&self.node.data_dir, &self.id).task(&task.name);
-            let Ok(Some(record)) = find_record(&dirs.task) else { continue };
-            let Ok(Adoption::Running(running)) = adopt(record).await else { continue };
-            let signal = task.kill_signal.parse().unwrap_or(Signal::INT);
-            if let Err(error) = end(&running, signal, task.kill_timeout, &self.node.hurry).await {
-                warn!(alloc = %self.id, task = task.name, %error, "how a task of an earlier agent ended is not known");
-            }
-        }
-    }
-
     /// Its sidecars: those of this life, and of an earlier one, which may have ended after it left the catalog.
     fn sidecars(&self) -> BTreeSet<String> {
         let view = self.view.borrow();
@@ -531,26 +362,6 @@ fn sidecar_ports(services: &[ServiceView]) -> impl Iterator<Item = (String, Port
         let port = service.sidecar_port?;
         Some((format!("connect-proxy-{}", service.service), PortBinding { host: port, inside: port }))
     })
-}
-
-/// Failed as soon as one task has failed; running as soon as one runs.
-fn status(tasks: &BTreeMap<String, TaskView>) -> AllocationStatus {
-    if tasks.values().any(|task| task.failed) {
-        AllocationStatus::Failed
-    } else if tasks.values().any(|task| task.state == TaskState::Running) {
-        AllocationStatus::Running
-    } else {
-        AllocationStatus::Pending
-    }
-}
-
-fn restart_policy(task: &Task) -> RestartPolicy {
-    let mode = match task.restart.mode {
-        JobRestartMode::Fail => RestartMode::Fail,
-        JobRestartMode::Delay => RestartMode::Delay,
-    };
-    let restart = &task.restart;
-    RestartPolicy { attempts: restart.attempts, interval: restart.interval, delay: restart.delay, mode }
 }
 
 #[cfg(test)]

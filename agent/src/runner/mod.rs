@@ -10,8 +10,10 @@ mod ports;
 mod records;
 mod registration;
 mod services;
+mod start;
 mod submission;
 mod tasks;
+mod view;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -23,13 +25,13 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
-pub use allocation::{AllocationStatus, AllocationView, ServiceView};
 pub use dialer::WorkloadDialer;
 pub use records::{AllocationRecord, JobRecord, RecordError, Records};
 pub use registration::RegistrationError;
 pub use services::{NodeServices, RunError};
 pub use submission::{Plan, SubmitError, Submitted};
 pub use tasks::{TaskEvent, TaskState, TaskView};
+pub use view::{AllocationStatus, AllocationView, ServiceView};
 
 use crate::report::chain;
 use crate::workload::AllocId;
