@@ -3,15 +3,18 @@
 //! Nothing has to be remembered, so the first check after a restart of the agent already goes to the right place. What
 //! carries the name of an allocation is never dialled from the host, where an unrelated process could answer.
 
+use std::future::Future;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use culvert_control::CheckDialer;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
+use tokio::time::{Instant, sleep};
 
 use crate::workload::{self, AllocId, NetworkSettings};
 
@@ -19,6 +22,11 @@ use crate::workload::{self, AllocId, NetworkSettings};
 const PREFIX: &str = "_culvert-task-";
 /// What the IDs of their sidecars end with.
 const SIDECAR: &str = "-sidecar-proxy";
+/// How long a sidecar may refuse before its check says so. Its listener comes with the worker: when an agent starts after
+/// both have died, checks run before the worker does, and a healthy service would be out of the mesh until the next one.
+const WORKER_START: Duration = Duration::from_secs(5);
+/// How often it is asked meanwhile.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// Digits and hyphens of an allocation's ID.
 const ID_LENGTH: usize = 36;
 
@@ -74,15 +82,34 @@ impl CheckDialer for WorkloadDialer {
             let Home::Inside { netns, on_loopback } = home? else { return TcpStream::connect(address).await };
             let inside = SocketAddr::from((Ipv4Addr::LOCALHOST, address.port()));
             let address = if on_loopback { inside } else { address };
-            let dialled = runtime.spawn(async move { workload::dial(&netns, address).await });
-            dialled.await.unwrap_or_else(|error| Err(io::Error::other(error)))
+            let dial = || {
+                let netns = netns.clone();
+                let dialled = runtime.spawn(async move { workload::dial(&netns, address).await });
+                async { dialled.await.unwrap_or_else(|error| Err(io::Error::other(error))) }
+            };
+            if on_loopback { patiently(dial).await } else { dial().await }
         }
         .boxed()
     }
 }
 
+/// Dials again while nobody listens, for [`WORKER_START`] at most.
+async fn patiently<T, F: Future<Output = io::Result<T>>>(dial: impl Fn() -> F) -> io::Result<T> {
+    let until = Instant::now() + WORKER_START;
+    loop {
+        match dial().await {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && Instant::now() < until => {
+                sleep(ASK_AGAIN).await;
+            }
+            dialled => return dialled,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
 
     const ID: &str = "b6d4f8c2-0000-4000-8000-00000000002a";
@@ -101,6 +128,23 @@ mod tests {
         assert_eq!(dialer().home(&sidecar_id(&service)).expect("a home"), inside(true));
         assert_eq!(dialer().home("web").expect("a home"), Home::Host);
         assert_eq!(dialer().home("").expect("checks of the node"), Home::Host);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_sidecar_that_does_not_listen_yet_is_asked_again_and_not_for_ever() {
+        let dials = Cell::new(0);
+        let answer = |from: u32, kind: io::ErrorKind| {
+            dials.set(dials.get() + 1);
+            std::future::ready(if dials.get() < from { Err(io::Error::from(kind)) } else { Ok(dials.get()) })
+        };
+        let refused = io::ErrorKind::ConnectionRefused;
+        assert_eq!(patiently(|| answer(7, refused)).await.expect("listens in the end"), 7);
+        dials.set(0);
+        patiently(|| answer(8, io::ErrorKind::NotFound)).await.expect_err("no namespace: no listener will come");
+        assert_eq!(dials.get(), 1);
+        let (started, never) = (Instant::now(), u32::MAX);
+        assert_eq!(patiently(|| answer(never, refused)).await.expect_err("in vain").kind(), refused);
+        assert!(started.elapsed() >= WORKER_START && started.elapsed() <= WORKER_START + ASK_AGAIN);
     }
 
     /// As after a restart: nobody has told the dialer anything, and a process of the host listens on the same port.

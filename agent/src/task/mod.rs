@@ -25,7 +25,7 @@ pub use dirs::{AllocDir, DirError, TaskDirs};
 pub use record::{ExitStatus, ProcessIdentity, TaskRecord, find_record};
 pub(crate) use record::{boot_id, read_json, write_json};
 pub use restart::{RestartDecision, RestartMode, RestartPolicy, RestartReason, RestartTracker};
-pub use running::{AdoptError, Adoption, ExecutorCommand, RunningTask, StartError, adopt, start, task_owner};
+pub use running::{AdoptError, Adoption, ExecutorCommand, RunningTask, StartError, adopt, end_of, start, task_owner};
 pub use spec::{
     DEFAULT_PATH, DEFAULT_PIDS_MAX, Driver, LogSettings, MAX_TASK_NAME, Resources, Signal, SpecError, TaskSpec,
     UnknownDriver, UnknownSignal, check_task_name,

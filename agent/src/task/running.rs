@@ -196,6 +196,17 @@ fn open_verified(identity: &ProcessIdentity) -> io::Result<Option<OwnedFd>> {
     Ok(identity.exists().then_some(pidfd))
 }
 
+/// Waits until exactly this process has ended; a zombie has.
+///
+/// # Errors
+/// When the runtime cannot watch the process.
+pub async fn end_of(identity: &ProcessIdentity) -> io::Result<()> {
+    match open_verified(identity)? {
+        Some(pidfd) => wait_readable(&pidfd).await,
+        None => Ok(()),
+    }
+}
+
 fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
     let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
     Ok(pidfd_open(pid, PidfdFlags::empty())?)

@@ -9,7 +9,7 @@ use culvert_proxy::handoff::{ADOPTION_SOCKET, AdoptionListener, ControlSocket};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use crate::task::ProcessIdentity;
+use crate::task::{ProcessIdentity, end_of};
 
 /// How long a recorded worker may take to call a new agent. It calls every 100 ms.
 const ADOPT_WITHIN: Duration = Duration::from_secs(3);
@@ -43,10 +43,12 @@ impl Worker {
     /// The worker of the agent before this one, if it still lives and calls.
     pub(super) async fn adopt(settings: &WorkerSettings) -> Option<Self> {
         let process = recorded(&settings.data_dir)?;
-        if !process.exists() {
-            return None;
-        }
-        match tokio::time::timeout(ADOPT_WITHIN, await_call(&process)).await {
+        let called = tokio::select! {
+            called = tokio::time::timeout(ADOPT_WITHIN, await_call(&process)) => called,
+            // It may have died with its agent, and be a zombie until somebody looks: its successor need not wait.
+            Ok(()) = end_of(&process) => return None,
+        };
+        match called {
             Ok(Ok(control)) => {
                 info!(pid = process.pid, "took over the running worker");
                 Some(Self { control, process, child: None })
