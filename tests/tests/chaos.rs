@@ -22,8 +22,6 @@ use nix::unistd::Pid;
 
 /// Beside one of each kind of fault.
 const MORE_ROUNDS: usize = 4;
-/// Connections that a proxy can surely make to its application without an agent: the stock is filled up below 16.
-const STOCK: usize = 12;
 /// What the lasting connection carries, beside numbers.
 const MARKER: &[u8] = b"culvert-carries-this";
 const TOKEN: &[u8] = b"stranger";
@@ -70,7 +68,6 @@ impl Random {
 struct Shared {
     stop: AtomicBool,
     worker_kills: AtomicUsize,
-    agent_away: AtomicBool,
     successes: AtomicUsize,
     failures: AtomicUsize,
     lasting_rounds: AtomicUsize,
@@ -97,23 +94,20 @@ fn short(app: &App) -> io::Result<bool> {
 
 /// Short connections, one after the other. `proxied` says that the worker carries them, and that they end with it.
 fn short_ones(app: &App, proxied: bool, shared: &Shared) {
-    let (mut kills_before, mut made_without_agent) = (0, 0);
+    let mut kills_before = 0;
     while shared.goes_on() {
-        let (kills, away) = (shared.worker_kills.load(SeqCst), shared.agent_away.load(SeqCst));
+        let kills = shared.worker_kills.load(SeqCst);
         match short(app) {
             Ok(direct) => {
                 if direct == proxied {
                     shared.violation(format!("a connection took the other path; direct: {direct}"));
                 }
                 kills_before = kills;
-                made_without_agent = if away { made_without_agent + 1 } else { 0 };
                 shared.successes.fetch_add(1, SeqCst);
             }
             Err(error) => {
                 shared.failures.fetch_add(1, SeqCst);
-                let killed = shared.worker_kills.load(SeqCst) > kills_before;
-                let used_up = away && made_without_agent >= STOCK;
-                if !proxied || !(killed || used_up) {
+                if !proxied || shared.worker_kills.load(SeqCst) == kills_before {
                     shared.violation(format!("a short connection failed: {error}"));
                 }
             }
@@ -193,7 +187,6 @@ impl Attack<'_> {
         if !matches!(fault, Fault::Worker) {
             self.random.pause(1500);
             self.node.spawn();
-            self.shared.agent_away.store(false, SeqCst);
         }
         // The next round begins with a whole node.
         eventually("the worker is known again", || self.node.worker().is_some());
@@ -212,7 +205,6 @@ impl Attack<'_> {
     }
 
     fn kill_agent(&mut self) {
-        self.shared.agent_away.store(true, SeqCst);
         self.node.kill();
     }
 
@@ -312,4 +304,9 @@ fn chaos(name: &str, encryption: &'static str) {
 #[test]
 fn with_mutual_tls_everywhere_nothing_is_let_through_or_shown_whatever_is_killed() {
     chaos("chaos-always", "always");
+}
+
+#[test]
+fn direct_connections_outlive_everything_and_nothing_denied_is_let_through() {
+    chaos("chaos-direct", "between-nodes");
 }
