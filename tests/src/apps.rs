@@ -221,7 +221,12 @@ pub struct Server {
 }
 
 impl Server {
-    fn start(listeners: Vec<TcpListener>) -> Self {
+    /// Serves on these listeners.
+    ///
+    /// # Panics
+    /// Without descriptors.
+    #[must_use]
+    pub fn start(listeners: Vec<TcpListener>) -> Self {
         let accepted = Arc::new(Mutex::new(Vec::new()));
         for listener in &listeners {
             let (listener, accepted) = (listener.try_clone().expect("a descriptor"), Arc::clone(&accepted));
