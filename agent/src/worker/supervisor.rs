@@ -369,10 +369,8 @@ impl Supervisor {
             Ok(event) => event,
             Err(error) => return warn!(%error, "the worker sent an event that is not understood"),
         };
-        // By the name in its certificate: a connection may end after its proxy was stopped, or before it is served again.
-        let own = if event.inbound { &event.destination } else { &event.source };
-        let named = own.clone().and_then(|id| ServiceIdentity::try_from(id).ok()).map(|id| id.service.to_string());
-        let service = named.or_else(|| self.service_of(&event.reporter).map(str::to_owned)).unwrap_or_default();
+        let service =
+            own_service(&event).or_else(|| self.service_of(&event.reporter).map(str::to_owned)).unwrap_or_default();
         self.surroundings.event(&service, event);
     }
 
@@ -434,9 +432,52 @@ impl Supervisor {
     }
 }
 
+/// Whose side tells, by the name in its certificate: a connection may end after its proxy was stopped, or before it is served
+/// again.
+fn own_service(event: &ConnectionEvent) -> Option<String> {
+    let own = if event.inbound { &event.destination } else { &event.source };
+    Some(ServiceIdentity::try_from(own.clone()?).ok()?.service.to_string())
+}
+
 /// Tells whoever waits; nobody may wait any more.
 fn tell(done: oneshot::Sender<()>) {
     if done.send(()).is_err() {
         debug!("nobody waits for the proxy to be gone");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use culvert_types::{ConnectionKind, Path, SpiffeId, Verdict};
+
+    use super::*;
+
+    #[test]
+    fn a_connection_counts_for_the_service_whose_side_tells() {
+        let id = |service: &str| SpiffeId::parse(&format!("spiffe://td.consul/ns/default/dc/dc1/svc/{service}")).ok();
+        let event = |inbound, source, destination| ConnectionEvent {
+            at: SystemTime::now(),
+            kind: ConnectionKind::Close,
+            path: Path::Proxied,
+            verdict: Verdict::Allow,
+            source,
+            destination,
+            reporter: "gone".to_owned(),
+            inbound,
+            rule: None,
+            reason: None,
+            detail: None,
+            peer: None,
+            bytes_to_destination: 0,
+            bytes_to_source: 0,
+            duration: Duration::ZERO,
+        };
+        assert_eq!(own_service(&event(true, id("web"), id("api"))).as_deref(), Some("api"));
+        assert_eq!(own_service(&event(false, id("web"), id("api"))).as_deref(), Some("web"));
+        assert_eq!(own_service(&event(true, id("web"), None)), None, "never the peer's");
+        let agent = SpiffeId::parse("spiffe://td.consul/agent/client/dc/dc1/id/x").ok();
+        assert_eq!(own_service(&event(false, agent, id("api"))), None);
     }
 }
