@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
@@ -29,9 +29,6 @@ use crate::xds;
 pub const LISTENER_DRAIN: Duration = Duration::from_secs(30);
 /// Pause before a listening socket that could not be had is asked for again.
 pub const LISTEN_RETRY: Duration = Duration::from_secs(1);
-/// Flights of handshakes that one proxy answers at the same time; more wait, within the handshake's time limit. So a crowd of
-/// new connections does not stand before the traffic of those that are established.
-pub const MAX_HANDSHAKES: usize = 64;
 
 /// What all connections of a proxy share.
 pub(crate) struct Context {
@@ -40,7 +37,6 @@ pub(crate) struct Context {
     pub(crate) sockets: Arc<dyn Sockets>,
     pub(crate) threads: Arc<Placement>,
     pub(crate) events: Events,
-    pub(crate) handshakes: Semaphore,
     pub(crate) tally: Arc<Tally>,
 }
 
@@ -75,15 +71,8 @@ impl Proxy {
     /// Prepares the proxy with catalog ID `id` on `node`; nothing listens yet.
     #[must_use]
     pub fn new(id: &str, node: &str, sockets: Arc<dyn Sockets>, threads: Arc<Placement>, events: Events) -> Self {
-        let context = Context {
-            id: id.to_owned(),
-            node: node.to_owned(),
-            sockets,
-            threads,
-            events,
-            handshakes: Semaphore::new(MAX_HANDSHAKES),
-            tally: Arc::default(),
-        };
+        let context =
+            Context { id: id.to_owned(), node: node.to_owned(), sockets, threads, events, tally: Arc::default() };
         Self {
             context: Arc::new(context),
             destinations: BTreeMap::new(),

@@ -7,11 +7,8 @@ use rcgen::{
     SanType,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
 
 use crate::config::{DownstreamTls, Identity, StringMatcher, TlsVersion, UpstreamTls};
-use crate::tls::{self, Established, HandshakeError, ServerContext};
 
 /// The trust domain of all tests.
 pub(crate) const TRUST_DOMAIN: &str = "11111111-2222-3333-4444-555555555555.consul";
@@ -102,10 +99,4 @@ pub(crate) fn uri(text: &str) -> SanType {
 fn uuid_byte(index: usize) -> u8 {
     use std::hash::{BuildHasher, RandomState};
     (RandomState::new().hash_one(index) & 0xff) as u8
-}
-
-/// Answers a handshake, as often as there is one.
-pub(crate) async fn accept(stream: &TcpStream, context: &ServerContext) -> Result<Established, HandshakeError> {
-    static TURNS: Semaphore = Semaphore::const_new(1);
-    tls::accept(tls::greet(stream, &TURNS).await?, context).await
 }

@@ -13,8 +13,8 @@ use tokio::time::timeout;
 use super::*;
 use crate::config::TlsVersion;
 use crate::l4::socket::Connection;
-use crate::testing::{Authority, accept};
-use crate::tls::{ClientContext, ServerContext, connect};
+use crate::testing::Authority;
+use crate::tls::{ClientContext, ServerContext, accept, connect};
 
 /// Generous: the machine may be busy. Nothing waits this long unless something hangs.
 const PATIENCE: Duration = Duration::from_secs(60);

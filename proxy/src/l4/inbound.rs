@@ -15,7 +15,8 @@ use crate::balance::{NoPlace, Place};
 use crate::handoff::Family;
 use crate::tls::{self, Established, HandshakeError};
 
-/// Longest time a handshake may take, waiting for its turns included.
+/// Longest time a handshake may take. How many there are at a time is bounded by the connections of the listener: who takes
+/// part in one and is silent must not hold up the others.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) async fn carry(shared: &Shared, mut story: Story<'_>, tunnel: Connection) {
@@ -87,10 +88,9 @@ async fn establish(
 }
 
 async fn handshake(shared: &Shared, tunnel: &TcpStream) -> Result<Established, HandshakeError> {
-    let greeting = tls::greet(tunnel, &shared.context.handshakes).await?;
     let state = shared.state.load_full();
     match &state.tls {
-        Some(tls) => tls::accept(greeting, tls).await,
+        Some(tls) => tls::accept(tunnel, tls).await,
         // The configuration's parser lets no inbound listener without TLS pass; refuse all the same.
         None => Err(HandshakeError::Socket(io::Error::other("inbound listener without TLS"))),
     }

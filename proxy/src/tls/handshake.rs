@@ -2,9 +2,6 @@
 //!
 //! Time limits are the caller's: dropping the future abandons the handshake. On a failure that rustls has an alert for, the
 //! alert is sent before the error is returned, so that the peer can tell a refused certificate from a broken network.
-//!
-//! Answering costs signatures, so servers take turns. A turn covers one flight, from the moment when it has come to its answer;
-//! never a wait for the peer, or whoever connects and says nothing would hold up everybody else.
 
 use std::io;
 use std::sync::Arc;
@@ -14,7 +11,6 @@ use rustls::client::UnbufferedClientConnection;
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, InsufficientSizeError, UnbufferedStatus};
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::context::{ClientContext, ServerContext};
 use super::record::{Kernel, MAX_RECORD, RecordError, Session};
@@ -78,21 +74,11 @@ impl From<io::Error> for HandshakeError {
     }
 }
 
-/// A client that has begun to speak.
-pub(crate) struct Greeting<'a>(Handshake<'a>);
-
-/// Waits for the first record of a client. Costs no turn, and nothing but the bytes that came.
-pub(crate) async fn greet<'a>(stream: &'a TcpStream, turns: &'a Semaphore) -> Result<Greeting<'a>, HandshakeError> {
-    let mut handshake = Handshake { turns: Some(turns), ..Handshake::new(stream) };
-    handshake.show_next_record().await?;
-    Ok(Greeting(handshake))
-}
-
 /// Answers a handshake.
-pub(crate) async fn accept(greeting: Greeting<'_>, context: &ServerContext) -> Result<Established, HandshakeError> {
+pub(crate) async fn accept(stream: &TcpStream, context: &ServerContext) -> Result<Established, HandshakeError> {
     let tls = |error| HandshakeError::Tls(error, PeerRole::Client);
     let mut connection = UnbufferedServerConnection::new(Arc::clone(&context.config)).map_err(tls)?;
-    let early = greeting.0.run(&mut Unbuffered::Server(&mut connection)).await?;
+    let early = Handshake::new(stream).run(&mut Unbuffered::Server(&mut connection)).await?;
     let peer = peer(connection.peer_certificates(), PeerRole::Client)?;
     let (secrets, kernel) = connection.dangerous_into_kernel_connection().map_err(tls)?;
     let session = Session::new(secrets, Kernel::Server(kernel)).map_err(HandshakeError::Keys)?;
@@ -205,23 +191,16 @@ struct Handshake<'a> {
     outgoing: Vec<u8>,
     /// The peer has sent something.
     heard: bool,
-    turns: Option<&'a Semaphore>,
-    /// Held while there is something to work on.
-    turn: Option<SemaphorePermit<'a>>,
 }
 
 impl<'a> Handshake<'a> {
     fn new(stream: &'a TcpStream) -> Self {
-        let (incoming, outgoing) = (Vec::new(), Vec::new());
-        Self { stream, incoming, seen: 0, outgoing, heard: false, turns: None, turn: None }
+        Self { stream, incoming: Vec::new(), seen: 0, outgoing: Vec::new(), heard: false }
     }
 
     /// Runs to the end; returns what was read behind it.
     async fn run(mut self, connection: &mut Unbuffered<'_>) -> Result<Vec<u8>, HandshakeError> {
         loop {
-            if let (Some(turns), None) = (self.turns, &self.turn) {
-                self.turn = turns.acquire().await.ok(); // never closed
-            }
             let (discard, next) = connection.step(&mut self.incoming[..self.seen], &mut self.outgoing);
             self.incoming.drain(..discard);
             self.seen -= discard;
@@ -262,7 +241,7 @@ impl<'a> Handshake<'a> {
             self.stream.writable().await?;
             match self.stream.try_write(rest) {
                 Ok(written) => rest = &rest[written..],
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.turn = None,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -274,10 +253,9 @@ impl<'a> Handshake<'a> {
         if self.incoming.len() >= MAX_FLIGHT {
             return Err(HandshakeError::Flight);
         }
-        self.turn = None;
         loop {
             self.stream.readable().await?;
-            self.incoming.reserve(FIRST_READ);
+            self.incoming.reserve(FIRST_READ); // not before: who says nothing costs nothing
             match self.stream.try_read_buf(&mut self.incoming) {
                 Ok(0) if self.heard => return Err(HandshakeError::Closed),
                 Ok(0) => return Err(HandshakeError::Silent),

@@ -22,7 +22,7 @@ use rustls::crypto::{CryptoProvider, aws_lc_rs};
 
 pub(crate) use context::own_identity;
 pub use context::{ClientContext, ContextError, ServerContext};
-pub(crate) use handshake::{Established, HandshakeError, accept, connect, greet};
+pub(crate) use handshake::{Established, HandshakeError, accept, connect};
 pub use leaf::{Leaf, LeafError};
 pub(crate) use record::{MAX_PLAINTEXT, MAX_RECORD, RecordError, Session};
 pub use verify::{MAX_CHAIN, PeerIdentity, PeerRefusal, PeerRole, Roots, RootsError, now, verify_peer};

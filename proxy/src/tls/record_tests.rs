@@ -6,8 +6,8 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
 use crate::config::TlsVersion;
-use crate::testing::{Authority, accept};
-use crate::tls::{ClientContext, ServerContext, connect};
+use crate::testing::Authority;
+use crate::tls::{ClientContext, ServerContext, accept, connect};
 
 /// Two ends of one connection, after the handshake.
 fn sessions(version: TlsVersion) -> (Session, Session) {
