@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 
 use culvert_tests::{
-    App, Apps, Node, NodeOptions, Pair, Server, World, echo, eventually, is_direct, service, upstream, upstream_mapped,
-    upstream6,
+    API, App, Apps, Node, NodeOptions, Pair, Server, World, echo, eventually, is_direct, put, service, upstream,
+    upstream_mapped, upstream6,
 };
 
 /// How `caller` may come to be denied, and allowed again; `stranger` stays allowed. Each way leaves both allowed.
@@ -182,4 +182,26 @@ fn denied_connections_end_on_the_proxied_path() {
 fn denied_connections_end_without_ebpf() {
     let options = NodeOptions { ebpf: false, encryption: "between-nodes", ..NodeOptions::default() };
     denied_connections_end("revoke-no-ebpf", options, false);
+}
+
+/// Whoever deregisters a service does not stop it: its application runs on, and so do its connections.
+#[test]
+fn a_deregistered_service_obeys_as_long_as_it_runs() {
+    let world = World::new("revoke-deregistered");
+    let mut node = Node::start(&world, NodeOptions::default());
+    let apps = Apps::join(&world);
+    let pair = node.run_pair("");
+    let server = pair.called.serve(&service());
+    let mut denied = open(&pair.caller, upstream(), false);
+    let mut kept = open(&pair.stranger, upstream(), false);
+    let services = node.api("/v1/agent/services");
+    let called = services.as_object().expect("services").values().find(|service| service["Service"] == "called");
+    let id = called.expect("registered")["ID"].as_str().expect("an ID");
+    put(API, &format!("/v1/agent/service/deregister/{id}"), "").expect("deregistered");
+    echo(&mut denied, b"still allowed").expect("carried");
+    node.culvert(&["intention", "create", "-deny", "caller", "called"]);
+    assert_cut("the denied one", &denied.read_exact(&mut [0]).expect_err("nobody sent anything"));
+    echo(&mut kept, b"allowed").expect("the other one is carried");
+    drop((server, apps));
+    node.leave();
 }
