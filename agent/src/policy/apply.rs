@@ -204,13 +204,15 @@ impl PolicyEngine {
         self.inner.lock().await.routes.as_ref().map_or(0, |(routes, inherited)| routes.len() + inherited.len())
     }
 
-    /// Removes every program and table from the kernel: the agent leaves.
+    /// Removes every program and table from the kernel, and what was remembered: the agent leaves.
     ///
     /// # Errors
     /// What could not be removed, in words.
     pub async fn remove_all(&self) -> Result<(), String> {
-        let Some(datapath) = self.inner.lock().await.datapath.take() else { return Ok(()) };
-        datapath.remove_all().map_err(|error| format!("kernel programs: {}", chain(&error)))
+        let mut inner = self.inner.lock().await;
+        let removed = inner.datapath.take().map_or(Ok(()), Datapath::remove_all);
+        let forgotten = inner.pairs.remove().map_err(|error| format!("pairs of services: {}", chain(&error)));
+        removed.map_err(|error| format!("kernel programs: {}", chain(&error))).and(forgotten)
     }
 }
 

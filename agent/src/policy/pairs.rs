@@ -183,6 +183,15 @@ impl Pairs {
         }
     }
 
+    /// Forgets everything, and removes the file: the agent leaves.
+    pub(super) fn remove(&mut self) -> io::Result<()> {
+        (self.known, self.stored) = (BTreeMap::new(), None);
+        match std::fs::remove_file(&self.file) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
     fn number(&self, source: &ServiceName, destination: &ServiceName) -> Option<u32> {
         let same = |known: &Known| known.pair.source == *source && known.pair.destination == *destination;
         self.known.iter().find(|(_, known)| same(known)).map(|(number, _)| *number)
@@ -248,6 +257,9 @@ mod tests {
         assert!(pairs.get(1).is_none());
         pairs.remember(&routes).expect("written");
         assert_eq!(pairs.covers(key, route), Some(2), "a number never comes again");
+        pairs.remove().expect("removed");
+        pairs.remove().expect("nothing to remove");
+        assert_eq!(std::fs::read_dir(directory.path()).expect("a directory").count(), 0);
     }
 
     #[test]
