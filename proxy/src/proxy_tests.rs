@@ -522,34 +522,54 @@ async fn hostile_clients_are_refused_for_their_certificate() {
 #[tokio::test]
 async fn hostile_servers_are_refused_for_their_certificate() {
     let authority = Authority::new();
-    let mut leaves = hostile_leaves();
-    leaves.push(("another service", leaf_params(&spiffe("billing"))));
-    for (what, mut params) in leaves {
-        if what != "another service" && params.subject_alt_names == [crate::testing::uri(&spiffe("web"))] {
+    let good = rogue_server(&authority.identity("api")).await;
+    let mut upstream = outbound(&authority, vec![endpoint(good)]).await;
+    let _client = call(upstream.address);
+    assert_eq!(upstream.event().await.kind, ConnectionKind::Open, "the server itself works");
+    let mut identities = vec![
+        ("another service", authority.identity("billing")),
+        ("another root", Authority::new().identity("api")),
+        ("no root", self_signed("api")),
+    ];
+    for (what, mut params) in hostile_leaves() {
+        if params.subject_alt_names == [crate::testing::uri(&spiffe("web"))] {
             params.subject_alt_names = vec![crate::testing::uri(&spiffe("api"))]; // wrong in the one thing only
         }
-        let identity = authority.identity_with(params);
-        let server =
-            rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-                .with_protocol_versions(&[&rustls::version::TLS13])
-                .expect("version")
-                .with_no_client_auth()
-                .with_single_cert(identity.chain().to_vec(), identity.key().clone_key())
-                .expect("key");
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
-        let address = listener.local_addr().expect("address");
-        tokio::spawn(async move {
-            let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(server));
-            while let Ok((stream, _)) = listener.accept().await {
-                let _refused_by_the_client = acceptor.accept(stream).await;
-            }
-        });
-        let mut outbound = outbound(&authority, vec![endpoint(address)]).await;
-        let mut client = call(outbound.address);
+        identities.push((what, authority.identity_with(params)));
+    }
+    for (what, identity) in identities {
+        let mut upstream = outbound(&authority, vec![endpoint(rogue_server(&identity).await)]).await;
+        let mut client = call(upstream.address);
         assert_eq!(end(&mut client).await, Err(ErrorKind::ConnectionReset), "{what}");
-        let event = outbound.next(ConnectionKind::Refuse).await;
+        let event = upstream.next(ConnectionKind::Refuse).await;
         assert_eq!(event.reason, Some(RefusalReason::ServerCertificate), "{what}: {:?}", event.detail);
     }
+}
+
+fn self_signed(service: &str) -> Arc<Identity> {
+    let key = rcgen::KeyPair::generate().expect("key");
+    let leaf = leaf_params(&spiffe(service)).self_signed(&key).expect("sign");
+    let key = rustls_pki_types::PrivateKeyDer::try_from(key.serialize_der()).expect("key");
+    Arc::new(Identity::new(vec![leaf.der().clone()], key))
+}
+
+/// A server that shows `identity`, asks for nobody else's, and keeps who connects.
+async fn rogue_server(identity: &Identity) -> SocketAddr {
+    let server = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("version")
+        .with_no_client_auth()
+        .with_single_cert(identity.chain().to_vec(), identity.key().clone_key())
+        .expect("key");
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let address = listener.local_addr().expect("address");
+    tokio::spawn(async move {
+        let (acceptor, mut kept) = (tokio_rustls::TlsAcceptor::from(Arc::new(server)), Vec::new());
+        while let Ok((stream, _)) = listener.accept().await {
+            kept.push(acceptor.accept(stream).await.ok());
+        }
+    });
+    address
 }
 
 /// Leaf, then root: connections that are open lose nothing, new ones use what is new, and the old root ends with it.
