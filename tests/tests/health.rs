@@ -185,6 +185,8 @@ fn only_passing_instances(name: &str, encryption: &'static str) {
     // An instance whose application is gone: direct callers meet the other, proxied ones are refused there.
     drop(two.server.take());
     if direct {
+        // In the moment of its end a listener refuses, as always.
+        eventually("the other is met", || (0..5).all(|_| caller.greeted(upstream()).is_ok()));
         all_go_to(&caller, &one, &two, true);
     } else {
         let refused = || node.metric("culvert_refusals_total", &["service=\"called\"", "reason=\"connect\""]);

@@ -52,12 +52,12 @@ impl Drop for Observer {
     }
 }
 
-/// One connection: so many bytes out, so many back.
-fn exchange(pair: &Pair, listener: &TcpListener, direct: bool) -> io::Result<()> {
+/// One connection: `sent` bytes out, [`ANSWERED`] back.
+fn exchange(pair: &Pair, listener: &TcpListener, direct: bool, sent: usize) -> io::Result<()> {
     let mut caller = pair.caller.connect(upstream())?;
     let (mut called, _) = listener.accept()?;
-    caller.write_all(&[1; SENT])?;
-    called.read_exact(&mut [0; SENT])?;
+    caller.write_all(&vec![1; sent])?;
+    called.read_exact(&mut vec![0; sent])?;
     called.write_all(&[2; ANSWERED])?;
     caller.read_exact(&mut [0; ANSWERED])?;
     assert_eq!(is_direct(&caller), direct);
@@ -96,18 +96,27 @@ fn ends_with(event: &Value, field: &str, text: &str) -> bool {
 /// An allowed connection is told once per side, as it was.
 fn an_allowed_one(node: &Node, pair: &Pair, observer: &Observer, path: &str) {
     let (direct, listener) = (path == "direct", pair.called.listen(service()[0]));
-    // The observer listens when it has told something; all that came before has ended.
+    // The observer listens when it has told something.
+    let mut total = 0;
     eventually("the observer is there", || {
-        exchange(pair, &listener, direct).expect("allowed");
+        exchange(pair, &listener, direct, SENT).expect("allowed");
+        total += SENT;
         [true, false].iter().all(|inbound| !observer.told("close", *inbound).is_empty())
     });
-    eventually("all of it has ended", || {
-        let even = |inbound| observer.told("open", inbound).len() == observer.told("close", inbound).len();
-        open_connections(node) == 0 && even(true) && even(false)
+    // One that is known by its size: what came before it has been told when it has.
+    exchange(pair, &listener, direct, SENT + 1).expect("allowed");
+    total += SENT + 1;
+    eventually("all of it has ended and is counted", || {
+        let ended = |inbound| {
+            let (opened, closed) = (observer.told("open", inbound), observer.told("close", inbound));
+            opened.len() == closed.len() && closed.iter().any(|event| event["BytesToDestination"] == SENT + 1)
+        };
+        let counted = counted(node, path);
+        ended(true) && ended(false) && [counted[1], counted[4]] == [total as u64; 2] && open_connections(node) == 0
     });
     let sides = [true, false].map(|inbound| (inbound, observer.told("open", inbound).len()));
     let before = counted(node, path);
-    exchange(pair, &listener, direct).expect("allowed");
+    exchange(pair, &listener, direct, SENT).expect("allowed");
     eventually("its end is told on both sides", || {
         sides.iter().all(|(inbound, before)| observer.told("close", *inbound).len() > *before)
     });
@@ -132,7 +141,8 @@ fn an_allowed_one(node: &Node, pair: &Pair, observer: &Observer, path: &str) {
     }
     let growth = [1, SENT as u64, ANSWERED as u64, 1, SENT as u64, ANSWERED as u64];
     let expected: Vec<u64> = before.iter().zip(growth).map(|(before, more)| before + more).collect();
-    assert_eq!(counted(node, path), expected);
+    // The worker tells of the bytes a moment after the end.
+    eventually("all of it is counted", || counted(node, path) == expected);
     eventually("no connection is open", || open_connections(node) == 0);
 }
 
@@ -158,6 +168,11 @@ fn denied_ones(node: &Node, pair: &Pair, observers: [&Observer; 2], path: &str) 
         );
     }
     assert_eq!(node.metric("culvert_refusals_total", &labels), counted + 1);
+    // The calling side has opened it before the called one judged; it hears why it ended.
+    let heard = |event: &Value| event["Inbound"] == false && ends_with(event, "Source", "/svc/stranger");
+    let closed = |event: &Value| heard(event) && event["Kind"] == "close" && event["Verdict"] == "deny";
+    eventually("the calling side tells it too", || !observers[0].events(closed).is_empty());
+    assert!(observers[0].events(closed).iter().all(|event| event["Reason"] == "intention"));
 
     node.culvert(&["intention", "create", "-replace", "-deny", "caller", "called"]);
     live.read_exact(&mut [0; 1]).expect_err("cut");
