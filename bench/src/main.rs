@@ -46,7 +46,7 @@ struct Comparison {
     #[arg(long, default_value_t = 8)]
     rounds: usize,
     /// Length of one turn, in milliseconds.
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 500)]
     millis: u64,
     /// Connections held open to measure memory.
     #[arg(long, default_value_t = 1000)]
