@@ -18,7 +18,7 @@ use crate::balance::Destination;
 use crate::config::{self, Direction, ProxyConfig};
 use crate::events::Events;
 use crate::handoff::{ListenerStatus, Nack, ProxyStatus};
-use crate::l4::{Listener, State, Tally};
+use crate::l4::{Listener, State, Tally, domain_of};
 use crate::rbac::Rbac;
 use crate::sockets::Sockets;
 use crate::threads::Placement;
@@ -220,6 +220,7 @@ impl Proxy {
     /// Puts one listener in force at `address`.
     async fn apply_listener(&mut self, address: SocketAddr, config: &Arc<config::Listener>) -> Result<(), String> {
         let before = self.listeners.get(&address).map(|listener| listener.state());
+        let domain = domain_of(config).or_else(|| before.as_ref()?.domain.clone());
         let (mut config, mut problem) = (Arc::clone(config), None);
         let tls = match (&config.tls, &before) {
             (None, _) => None,
@@ -241,10 +242,10 @@ impl Proxy {
                 (Some(before), Some(now)) => Arc::ptr_eq(before, now),
                 (before, now) => before.is_none() && now.is_none(),
             };
-            before.config == config && same_destination
+            before.config == config && before.domain == domain && same_destination
         };
         if !before.as_deref().is_some_and(same) {
-            let state = State { config: Arc::clone(&config), tls, destination };
+            let state = State { config: Arc::clone(&config), tls, domain, destination };
             match self.listeners.get(&address) {
                 Some(listener) => listener.update(state),
                 None => self.listen(address, state).await?,
@@ -280,13 +281,14 @@ impl Proxy {
             if before.config.direction != Direction::Inbound {
                 continue;
             }
-            let (rbac, explain) = match config.successor_of(&before.config) {
-                Some(now) => (Arc::clone(&now.rbac), now.explain.clone()),
-                None => ([Rbac::deny_all()].into(), None),
+            let (rbac, explain, domain) = match config.successor_of(&before.config) {
+                Some(now) => (Arc::clone(&now.rbac), now.explain.clone(), domain_of(now)),
+                None => ([Rbac::deny_all()].into(), None, None),
             };
+            let domain = domain.or_else(|| before.domain.clone());
             let now = config::Listener { rbac, explain, ..(*before.config).clone() };
             let (tls, destination) = (before.tls.clone(), before.destination.clone());
-            listener.update(State { config: Arc::new(now), tls, destination });
+            listener.update(State { config: Arc::new(now), tls, domain, destination });
         }
     }
 

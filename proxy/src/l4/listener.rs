@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use culvert_types::RefusalReason;
+use culvert_types::{RefusalReason, TrustDomain};
 use parking_lot::Mutex;
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
@@ -26,7 +26,7 @@ use crate::handoff;
 use crate::proxy::Context;
 use crate::rbac::{self, RbacDecision};
 use crate::threads::ThreadPlace;
-use crate::tls::{PeerIdentity, ServerContext};
+use crate::tls::{PeerIdentity, ServerContext, own_identity};
 
 /// Most connections of one listener, where the configuration names no limit.
 pub const DEFAULT_MAX_CONNECTIONS: usize = 8192;
@@ -38,6 +38,8 @@ pub const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 pub(crate) struct State {
     pub(crate) config: Arc<config::Listener>,
     pub(crate) tls: Option<Arc<ServerContext>>,
+    /// Whose names the rules of `config` are about. `tls` may be of another one: it stays where no new TLS is put in force.
+    pub(crate) domain: Option<TrustDomain>,
     /// `None`: unknown cluster, or one that cannot be used.
     pub(crate) destination: Option<Arc<Destination>>,
 }
@@ -58,9 +60,8 @@ impl State {
     /// The name that policy knows the peer by. A connection may be older than the trust domain: a node in memory alone makes
     /// another authority when it starts again. Rules about names of today would miss who came in under the name of before.
     fn present_uri<'a>(&self, peer: &'a PeerIdentity) -> Cow<'a, str> {
-        let own = self.tls.as_ref().map(|tls| tls.own().id().trust_domain());
-        match own.filter(|own| *own != peer.id().trust_domain()) {
-            Some(own) => format!("{}{}", own.id(), peer.id().path()).into(),
+        match self.domain.as_ref().filter(|domain| *domain != peer.id().trust_domain()) {
+            Some(domain) => format!("{}{}", domain.id(), peer.id().path()).into(),
             None => peer.uri().into(),
         }
     }
@@ -69,6 +70,12 @@ impl State {
         let configured = self.config.max_connections.map(|limit| usize::try_from(limit).unwrap_or(usize::MAX));
         configured.unwrap_or(DEFAULT_MAX_CONNECTIONS)
     }
+}
+
+/// The trust domain that the rules of `config` are about: that of the identity they came with.
+pub(crate) fn domain_of(config: &config::Listener) -> Option<TrustDomain> {
+    let (own, _) = own_identity(&config.tls.as_ref()?.identity).ok()?;
+    Some(own.id().trust_domain().clone())
 }
 
 /// What the connections of a listener share.
@@ -132,7 +139,8 @@ impl Listener {
     pub(crate) fn update(&self, state: State) {
         let before = self.shared.state.swap(Arc::new(state));
         let now = self.shared.state.load_full();
-        if before.config.rbac == now.config.rbac || now.config.direction != Direction::Inbound {
+        let same = before.config.rbac == now.config.rbac && before.domain == now.domain;
+        if same || now.config.direction != Direction::Inbound {
             return;
         }
         // A connection whose peer is not known yet judges itself, by a state it reads after it took this lock.

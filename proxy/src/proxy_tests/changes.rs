@@ -2,34 +2,64 @@
 
 use super::*;
 
+/// The rules of a listener for `service` under its name in another trust domain, with the identity to match.
+fn elsewhere(mesh: &Mesh, listener: &mut config::Listener, denied: &str) {
+    let moved = spiffe("api").replace(TRUST_DOMAIN, "other.consul");
+    let identity = mesh.authority.identity_with(leaf_params(&moved));
+    let before = listener.tls.as_deref().expect("inbound");
+    listener.tls = Some(Arc::new(config::DownstreamTls { identity, ..before.clone() }));
+    listener.rbac = deny_elsewhere(denied);
+}
+
+fn deny_elsewhere(service: &str) -> Arc<[Rbac]> {
+    let pattern = format!("^spiffe://other\\.consul/ns/default/dc/[^/]+/svc/{service}$");
+    let name = StringMatcher::regex(&pattern).expect("a pattern");
+    let policy = Policy {
+        name: "denied".into(),
+        permissions: vec![Permission::Any],
+        principals: vec![Principal::Authenticated(Some(name))],
+    };
+    [Rbac { action: RbacAction::Deny, policies: vec![policy] }].into()
+}
+
 #[tokio::test]
 async fn a_connection_that_is_older_than_the_trust_domain_obeys_rules_of_the_new_one() {
-    const DENIED: &str = "^spiffe://other\\.consul/ns/default/dc/[^/]+/svc/";
     let mesh = Mesh::start(&["web"]).await;
     let mut client = mesh.client();
     ping(&mut client, b"first").await.expect("allowed");
-    let moved = spiffe("api").replace(TRUST_DOMAIN, "other.consul");
-    let moved = mesh.authority.identity_with(leaf_params(&moved));
-    let deny = |service: &str| -> Arc<[Rbac]> {
-        let name = StringMatcher::regex(&format!("{DENIED}{service}$")).expect("a pattern");
-        let policy = Policy {
-            name: "denied".into(),
-            permissions: vec![Permission::Any],
-            principals: vec![Principal::Authenticated(Some(name))],
-        };
-        [Rbac { action: RbacAction::Deny, policies: vec![policy] }].into()
-    };
-    mesh.inbound.change(|listener, _| {
-        let before = listener.tls.as_deref().expect("inbound");
-        listener.tls = Some(Arc::new(config::DownstreamTls { identity: moved, ..before.clone() }));
-        listener.rbac = deny("admin");
-    });
+    mesh.inbound.change(|listener, _| elsewhere(&mesh, listener, "admin"));
     // New ones of the old domain fail from then on.
     let in_force = async { while ping(&mut mesh.client(), b"x").await.is_ok() {} };
     timeout(PATIENCE, in_force).await.expect("in force");
     ping(&mut client, b"still").await.expect("nobody denies it");
-    mesh.inbound.change(|listener, _| listener.rbac = deny("web"));
+    mesh.inbound.change(|listener, _| listener.rbac = deny_elsewhere("web"));
     assert_eq!(end(&mut client).await, Err(ErrorKind::ConnectionReset));
+}
+
+#[tokio::test]
+async fn rules_of_a_new_trust_domain_reach_connections_whose_listener_did_not_get_its_certificate() {
+    type Change = fn(&mut config::Listener);
+    let moves: Change = |listener| listener.address = free_port();
+    let keeps_its_tls: Change = |listener| {
+        let before = listener.tls.as_deref().expect("inbound");
+        let roots = [vec![0_u8].into()].into();
+        listener.tls = Some(Arc::new(config::DownstreamTls { roots, ..before.clone() }));
+    };
+    for (what, change) in [("another address", moves), ("unusable roots", keeps_its_tls)] {
+        let mut mesh = Mesh::start(&["web"]).await;
+        let mut client = mesh.client();
+        ping(&mut client, b"first").await.expect("allowed");
+        mesh.inbound.status.mark_unchanged();
+        mesh.inbound.change(|listener, _| {
+            elsewhere(&mesh, listener, "admin");
+            change(listener);
+        });
+        let in_force = timeout(PATIENCE, mesh.inbound.status.changed()).await;
+        in_force.expect("in time").expect("the proxy runs");
+        ping(&mut client, b"still").await.expect("nobody denies it");
+        mesh.inbound.change(|listener, _| listener.rbac = deny_elsewhere("web"));
+        assert_eq!(end(&mut client).await, Err(ErrorKind::ConnectionReset), "{what}");
+    }
 }
 
 #[tokio::test]
