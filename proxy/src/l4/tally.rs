@@ -31,6 +31,12 @@ impl Tally {
         parts.listeners.push(Arc::downgrade(listener));
     }
 
+    /// One of connections that are gone.
+    #[cfg(test)]
+    pub(crate) fn of_past(past: Traffic) -> Self {
+        Self(Mutex::new(Parts { past, ..Parts::default() }))
+    }
+
     /// `listener` is about to be gone.
     pub(super) fn keep(&self, listener: &Shared) {
         listener.count(&mut self.0.lock().past);

@@ -130,6 +130,8 @@ impl Worker {
     /// wait for ever.
     async fn attend(&mut self, agent: &ControlSocket, introduction: Vec<Parcel>) -> End {
         let Self { link, proxies, outbox } = self;
+        // What was meant for the agent before. This one does not know the proxies yet, and would refuse them sockets.
+        while outbox.messages.try_recv().is_ok() {}
         let finish = CancellationToken::new();
         let mut sending = std::pin::pin!(outbox.send_all(agent, introduction, finish.clone()));
         link.connected();
@@ -267,6 +269,7 @@ async fn send(agent: &ControlSocket, message: &ToAgent, descriptors: &[BorrowedF
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::handoff::Family;
 
     #[test]
     fn a_worker_without_an_agent_lives_as_long_as_its_last_certificate() {
@@ -276,6 +279,27 @@ mod tests {
             assert_eq!(orphan_life(nobody_could_connect, now), ORPHAN_LIFE);
         }
         assert_eq!(orphan_life(Some(u64::MAX), now), MAX_ORPHAN_LIFE);
+    }
+
+    #[tokio::test]
+    async fn an_agent_hears_nothing_that_was_meant_for_the_one_before() {
+        let threads = DataThreads::new(1).expect("thread");
+        let mut worker = Worker::new(threads.placement());
+        let stale = ToAgent::MoreAppSockets { proxy: "web".to_owned(), family: Family::V4, count: 1 };
+        worker.link.tell(stale).await;
+        let (agent, other_end) = ControlSocket::pair().expect("socketpair");
+        let control = ControlSocket::new(other_end).expect("control socket");
+        let hears = async {
+            agent.send(&ToWorker::Ping, &[]).await.expect("the worker listens");
+            let hello = agent.recv::<ToAgent>().await;
+            assert!(matches!(hello, Ok(Some((ToAgent::Hello { .. }, _)))), "{hello:?}");
+            let next = agent.recv::<ToAgent>().await;
+            assert!(matches!(next, Ok(Some((ToAgent::Pong, _)))), "{next:?}");
+        };
+        tokio::select! {
+            end = worker.attend(&control, vec![(hello(), None)]) => panic!("{end:?}"),
+            () = hears => {}
+        }
     }
 
     #[tokio::test(start_paused = true)]

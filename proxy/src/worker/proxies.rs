@@ -203,7 +203,11 @@ async fn report(link: Arc<Link>, mut status: watch::Receiver<ProxyStatus>, tally
                 }
                 Err(_) => return,
             },
-            _ = due.tick(), if link.is_connected() => {
+            _ = due.tick() => {
+                // Not a condition of the branch: that would be looked at before the wait, and hold until something else happens.
+                if !link.is_connected() {
+                    continue;
+                }
                 let traffic = tally.read();
                 // Repeated while there is something: an agent that has just come does not know every proxy yet.
                 if traffic != told || traffic.inbound.open + traffic.outbound.open > 0 {
@@ -211,6 +215,29 @@ async fn report(link: Arc<Link>, mut status: watch::Receiver<ProxyStatus>, tally
                     told = traffic;
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handoff::SideTraffic;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_carried_is_told_whenever_there_is_an_agent_and_only_then() {
+        let (link, mut messages) = Link::new();
+        let (_publish, status) = watch::channel(ProxyStatus::default());
+        let inbound = SideTraffic { open: 1, ..SideTraffic::default() };
+        let tally = Tally::of_past(Traffic { inbound, ..Traffic::default() });
+        tokio::spawn(report(Arc::clone(&link), status, Arc::new(tally)));
+        for _ in 0..2 {
+            tokio::time::sleep(3 * TRAFFIC_INTERVAL).await;
+            assert!(messages.try_recv().is_err(), "nobody is there to be told");
+            link.connected();
+            let told = tokio::time::timeout(3 * TRAFFIC_INTERVAL, messages.recv()).await;
+            assert!(matches!(told, Ok(Some(ToAgent::Traffic { .. }))), "{told:?}");
+            link.disconnected();
         }
     }
 }
