@@ -6,13 +6,14 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
 use super::pool::Pool;
 use crate::handoff::{Family, ToAgent};
@@ -27,7 +28,8 @@ pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct Link {
     outgoing: mpsc::Sender<ToAgent>,
-    connected: AtomicBool,
+    /// Since when there is no agent.
+    away_since: Mutex<Option<Instant>>,
     next: AtomicU64,
     waiting: Mutex<HashMap<u64, oneshot::Sender<io::Result<OwnedFd>>>>,
     pub(super) pools: Mutex<BTreeMap<String, Arc<Pool>>>,
@@ -42,7 +44,7 @@ impl Link {
         let (outgoing, to_send) = mpsc::channel(OUTGOING);
         let link = Self {
             outgoing,
-            connected: AtomicBool::new(false),
+            away_since: Mutex::new(Some(Instant::now())),
             next: AtomicU64::new(1),
             waiting: Mutex::default(),
             pools: Mutex::default(),
@@ -54,16 +56,21 @@ impl Link {
 
     /// There is an agent from now on.
     pub(super) fn connected(&self) {
-        self.connected.store(true, Ordering::SeqCst);
+        *self.away_since.lock() = None;
     }
 
     pub(super) fn is_connected(&self) -> bool {
-        self.connected.load(Ordering::SeqCst)
+        self.away_since.lock().is_none()
+    }
+
+    /// How long there has been no agent.
+    pub(super) fn away_for(&self) -> Duration {
+        self.away_since.lock().map(|since| since.elapsed()).unwrap_or_default()
     }
 
     /// The agent is gone: nobody will answer what is still open.
     pub(super) fn disconnected(&self) {
-        self.connected.store(false, Ordering::SeqCst);
+        *self.away_since.lock() = Some(Instant::now());
         for (_, waiting) in self.waiting.lock().drain() {
             let _asker_may_be_gone = waiting.send(Err(away()));
         }

@@ -1,7 +1,8 @@
 //! Sockets of a workload's network namespace: listeners as the agent hands them over, and a stock of unconnected ones.
 //!
 //! The stock is filled up in batches before it is empty, so that a connection seldom waits for the agent; when it does, the
-//! wait is bounded. Without an agent a connection waits for the next one, which is asked once it has named the proxy.
+//! wait is bounded. Without an agent a connection waits for the next one, which is asked once it has named the proxy; when none
+//! has come for [`ORPHAN_LIFE`], what the stock does not serve is refused at once.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -16,6 +17,7 @@ use tokio::net::TcpSocket;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
+use super::ORPHAN_LIFE;
 use super::link::Link;
 use crate::handoff::{Family, MAX_APP_SOCKETS, ToAgent};
 use crate::sockets::Sockets;
@@ -137,7 +139,9 @@ impl Sockets for HandedSockets {
     fn app_socket(&self, family: Family) -> BoxFuture<'static, io::Result<TcpSocket>> {
         let (link, pool, proxy) = (Arc::clone(&self.link), Arc::clone(&self.pool), self.proxy.clone());
         async move {
-            let taken = timeout(APP_SOCKET_WAIT, pool.take(&link, &proxy, family)).await;
+            // Nobody expects an agent any more that has been away for so long: let callers try another instance.
+            let wait = if link.away_for() < ORPHAN_LIFE { APP_SOCKET_WAIT } else { Duration::ZERO };
+            let taken = timeout(wait, pool.take(&link, &proxy, family)).await;
             let socket =
                 taken.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no socket from the agent in time"))??;
             rustix::io::ioctl_fionbio(&socket, true)?;
@@ -145,5 +149,34 @@ impl Sockets for HandedSockets {
             Ok(TcpSocket::from_std_stream(socket.into()))
         }
         .boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn connections_wait_for_an_agent_only_while_one_is_expected() {
+        let (link, _messages) = Link::new();
+        let pool = Arc::new(Pool::default());
+        link.connected();
+        link.pools.lock().insert("web".to_owned(), Arc::clone(&pool));
+        link.disconnected();
+        let sockets = HandedSockets { proxy: "web".to_owned(), link: Arc::clone(&link), pool: Arc::clone(&pool) };
+        let waits = async || {
+            let start = Instant::now();
+            let error = sockets.app_socket(Family::V4).await.expect_err("nobody makes sockets");
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            start.elapsed()
+        };
+        assert!(waits().await >= APP_SOCKET_WAIT, "an agent that is replaced is back in time");
+        tokio::time::sleep(ORPHAN_LIFE).await;
+        assert!(waits().await < Duration::from_secs(1));
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("socket");
+        pool.fill(Family::V4, vec![socket.into()], None);
+        sockets.app_socket(Family::V4).await.expect("the stock still serves");
     }
 }
