@@ -95,6 +95,10 @@ pub(crate) async fn copy(
     .await
 }
 
+fn is_reset(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+}
+
 fn broken(stream: &TcpStream) -> io::Error {
     stream.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into())
 }
@@ -143,6 +147,8 @@ struct Pump<'a> {
     partial: Vec<u8>,
     /// `partial` has not been looked at yet.
     fresh: bool,
+    /// The tunnel was reset when it was written to; what it said before may tell why.
+    reset: Option<io::Error>,
 }
 
 impl<'a> Pump<'a> {
@@ -159,6 +165,7 @@ impl<'a> Pump<'a> {
             to_app: Kept::default(),
             fresh: !early.is_empty(),
             partial: early,
+            reset: None,
         }
     }
 
@@ -175,17 +182,36 @@ impl<'a> Pump<'a> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), CopyError>> {
         SCRATCH.with_borrow_mut(|scratch| {
             if self.up != Flow::Ended
-                && let Poll::Ready(result) = self.poll_up(cx, scratch)
+                && let Poll::Ready(Err(error)) = self.poll_up(cx, scratch)
             {
-                result?;
+                match error {
+                    CopyError::Tunnel(error) if is_reset(&error) && self.reads_tunnel() => {
+                        (self.up, self.reset) = (Flow::Ended, Some(error));
+                    }
+                    error => return Poll::Ready(Err(error)),
+                }
             }
-            if self.down != Flow::Ended
-                && let Poll::Ready(result) = self.poll_down(cx, scratch)
-            {
-                result?;
+            if self.down != Flow::Ended {
+                let down = self.poll_down(cx, scratch);
+                if self.reset.is_some() {
+                    return self.why_reset(down);
+                }
+                if let Poll::Ready(result) = down {
+                    result?;
+                }
             }
             if self.up == Flow::Ended && self.down == Flow::Ended { Poll::Ready(Ok(())) } else { Poll::Pending }
         })
+    }
+
+    /// A reset fails the next write before the alert in front of it is read. What was received can be read yet, and an end or an
+    /// error follows it.
+    fn why_reset(&mut self, down: Poll<Result<(), CopyError>>) -> Poll<Result<(), CopyError>> {
+        match down {
+            Poll::Ready(Err(why)) if why.is_denial() => Poll::Ready(Err(why)),
+            Poll::Pending if self.reads_tunnel() => Poll::Pending,
+            _ => Poll::Ready(self.reset.take().map_or(Ok(()), |error| Err(CopyError::Tunnel(error)))),
+        }
     }
 
     /// From the application to the tunnel, until one of them makes us wait or the direction has ended.

@@ -357,3 +357,21 @@ fn io_errors_keep_their_kind() {
     let error = CopyError::App(io::Error::from(ErrorKind::ConnectionReset));
     assert!(error.to_string().starts_with("application: "));
 }
+
+/// The write that meets the reset must not hide the alert that came before it.
+#[tokio::test]
+async fn a_caller_that_is_denied_while_it_sends_learns_why() {
+    let authority = Authority::new();
+    let server_context = ServerContext::new(&authority.downstream("api")).expect("server context");
+    let client_context = ClientContext::new(&authority.upstream("web", "api")).expect("client context");
+    let ((mut client, app), (near, far)) = (tcp_pair().await, tcp_pair().await);
+    let (tunnel, far) = (Connection::opened(near).expect("options"), Connection::opened(far).expect("options"));
+    let (called, judged) = tokio::join!(connect(&tunnel, &client_context), accept(&far, &server_context));
+    let (called, mut judged) = (called.expect("client handshake"), judged.expect("server handshake"));
+    deny(&far, &mut judged.session);
+    drop(far);
+    client.write_all(b"still sending").await.expect("taken");
+    timeout(PATIENCE, tunnel.ready(Interest::ERROR)).await.expect("reset").expect("reset");
+    let end = timeout(PATIENCE, copy(&app, &tunnel, called.session, called.early, &nobody())).await.expect("an end");
+    assert!(matches!(&end, Err(error) if error.is_denial()), "{end:?}");
+}
