@@ -262,12 +262,13 @@ impl Shared {
         let side = tally::side(traffic, direction);
         let open = self.open.lock();
         let [mut to_tunnel, mut to_app] = self.ended.each_ref().map(|bytes| bytes.load(Relaxed));
-        for live in open.values() {
+        let all: Vec<Arc<Live>> = open.values().map(Arc::clone).collect();
+        drop(open); // who connects meanwhile does not wait for the sums
+        for live in all {
             to_tunnel += live.traffic.to_tunnel.load(Relaxed);
             to_app += live.traffic.to_app.load(Relaxed);
             side.open += u64::from(live.open.load(Relaxed));
         }
-        drop(open);
         let (to_destination, to_source) = match direction {
             Direction::Inbound => (to_app, to_tunnel),
             Direction::Outbound => (to_tunnel, to_app),
