@@ -67,6 +67,12 @@ impl Worker {
         }
     }
 
+    /// This very process as a worker: whoever holds the other end of `control` speaks for it.
+    #[cfg(test)]
+    pub(super) fn at(control: ControlSocket) -> io::Result<Self> {
+        Ok(Self { control, process: ProcessIdentity::of(std::process::id())?, child: None })
+    }
+
     /// Starts a new worker from this very binary.
     pub(super) fn start(settings: &WorkerSettings) -> io::Result<Self> {
         let (control, for_worker) = ControlSocket::pair()?;

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use culvert_proxy::handoff::{ProxyStatus, SendError, ToAgent, ToWorker};
+use culvert_proxy::handoff::{ProxyStatus, ReceiveError, SendError, ToAgent, ToWorker};
 use culvert_types::{ConnectionEvent, ServiceIdentity};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -165,6 +165,11 @@ impl Supervisor {
                 received = worker.control.recv::<ToAgent>() => match received {
                     Ok(Some((message, descriptors))) => self.answer(worker, message, descriptors).await,
                     Ok(None) => return Ended::WorkerGone,
+                    // One of another version may say what this agent does not know. That is no reason to end its connections.
+                    Err(ReceiveError::Parse(error)) => {
+                        warn!(%error, "the worker said what is not understood; left out");
+                        Ok(())
+                    }
                     Err(error) => {
                         warn!(%error, "the worker sent what is not understood; replacing it");
                         return Ended::WorkerGone;
@@ -450,9 +455,44 @@ fn tell(done: oneshot::Sender<()>) {
 mod tests {
     use std::time::SystemTime;
 
+    use culvert_proxy::handoff::{ControlSocket, Traffic};
     use culvert_types::{ConnectionKind, Path, SpiffeId, Verdict};
 
     use super::*;
+
+    struct Nothing;
+
+    impl Surroundings for Nothing {
+        fn connect_xds(&self, _: UnixStream) {}
+        fn inbound_listener(&self, _: &str, _: u16, _: BorrowedFd<'_>) {}
+        fn event(&self, _: &str, _: ConnectionEvent) {}
+        fn traffic(&self, _: &str, _: &str, _: &Traffic) {}
+        fn no_traffic(&self, _: Option<&str>) {}
+        fn events_lost(&self, _: u64) {}
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_says_something_unknown_is_served_on() {
+        let (control, other_end) = ControlSocket::pair().expect("socketpair");
+        rustix::net::send(&other_end, br#"{"NewsOfTomorrow":{}}"#, rustix::net::SendFlags::empty()).expect("sent");
+        let other_end = ControlSocket::new(other_end).expect("control socket");
+        let settings = WorkerSettings { data_dir: "/nonexistent".into(), node: "n1".to_owned(), log: String::new() };
+        let (_handle, commands) = mpsc::channel(1);
+        let view = watch::Sender::new(WorkerView::default());
+        let mut supervisor = Supervisor::new(settings, Arc::new(Nothing), commands, view);
+        let worker = Worker::at(control).expect("a process");
+        let asks = async {
+            other_end.send(&ToAgent::ConnectXds { request: 7 }, &[]).await.expect("the agent listens");
+            other_end.recv::<ToWorker>().await
+        };
+        tokio::select! {
+            _ = supervisor.attend(&worker) => panic!("the worker was given up"),
+            answer = asks => {
+                let answer = answer.expect("understood").map(|(answer, _)| answer);
+                assert!(matches!(answer, Some(ToWorker::XdsConnection { request: 7, result: Ok(()) })), "{answer:?}");
+            }
+        }
+    }
 
     #[test]
     fn a_connection_counts_for_the_service_whose_side_tells() {
