@@ -144,7 +144,8 @@ async fn connections_beyond_the_stock_of_sockets_wait_for_the_next_agent() {
     ping(&mut before).await.expect("with the agent");
     let upstream = agent.upstream();
     let orphan = agent.die();
-    let calls = (0..150).map(|_| {
+    // More than the 64 that are in stock, and few enough to be through their handshakes long before the first gives up.
+    let calls = (0..80).map(|_| {
         tokio::spawn(async move {
             let mut client = call(upstream);
             ping(&mut client).await.map(|()| client)
@@ -153,7 +154,7 @@ async fn connections_beyond_the_stock_of_sockets_wait_for_the_next_agent() {
     let calls: Vec<_> = calls.collect();
     let answered = || calls.iter().filter(|call| call.is_finished()).count();
     eventually("the stock is used up", || answered() >= 16).await;
-    assert!(answered() < 150, "nobody else makes sockets");
+    assert!(answered() < 80, "nobody else makes sockets");
     let agent = orphan.adopt().await;
     let clients = futures::future::join_all(calls).await;
     assert!(clients.into_iter().all(|client| client.expect("no panic").is_ok()));
