@@ -196,6 +196,35 @@ fn what_failed_stays_failed_under_the_next_agent() {
 }
 
 #[test]
+fn what_the_next_agent_can_never_bring_up_does_not_run_on() {
+    in_world("runner-refused", async |world| {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let runner = Runner::start(node_with(world.settings(), runtime.handle().clone()).await);
+        let script = "trap 'echo ends >> /run/said; exit' INT; echo begins > /run/said; sleep 1000 & wait";
+        let id = runner.submit(job("refused", script, "", "")).expect("accepted").created.remove(0);
+        eventually("it has its trap", async || lines(Path::new("/run/said")) == 1).await;
+        runtime.shutdown_background(); // as by SIGKILL
+        drop(runner);
+
+        let node = node(&world).await;
+        let refused = job("refused", script, "", &refused_service());
+        let wanted = JobRecord { job: refused.clone(), ..node.records.jobs().remove(0) };
+        node.records.put_job(&wanted).expect("written");
+        node.records.change_allocation(&id, |record| record.job = refused).expect("written");
+        let next = Runner::start(node);
+        becomes(&next, &id, AllocationStatus::Failed).await;
+        eventually("its task has ended", async || lines(Path::new("/run/said")) == 2).await;
+        next.stop_all().await;
+    });
+}
+
+/// Only the catalog knows how long a value may be.
+fn refused_service() -> String {
+    format!("service {{\nname = \"web\"\nport = \"80\"\nmeta {{\nlong = \"{}\"\n}}\n}}", "x".repeat(600))
+}
+
+#[test]
 fn what_no_attempt_can_bring_up_is_refused_or_fails_at_once() {
     in_world("runner-lasting", async |world| {
         let runner = Runner::start(node(&world).await);
@@ -205,10 +234,7 @@ fn what_no_attempt_can_bring_up_is_refused_or_fails_at_once() {
         assert!(matches!(**source, RunError::Registration(_)), "{refused:?}");
         assert!(runner.job("nowhere").is_none() && runner.views().is_empty());
 
-        // Only the catalog knows how long a value may be.
-        let service =
-            format!("service {{\nname = \"web\"\nport = \"80\"\nmeta {{\nlong = \"{}\"\n}}\n}}", "x".repeat(600));
-        let failed = runner.submit(job("refused", "true", "", &service)).expect("accepted").created.remove(0);
+        let failed = runner.submit(job("refused", "true", "", &refused_service())).expect("accepted").created.remove(0);
         becomes(&runner, &failed, AllocationStatus::Failed).await;
         let error = view(&runner, &failed).error.unwrap_or_default();
         assert!(error.contains("the catalog refuses the service"), "{error}");

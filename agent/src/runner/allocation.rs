@@ -85,7 +85,7 @@ impl Allocation {
             if let Some(up) = self.bring_up(&stop).await {
                 self.start_tasks(&up, &tasks, &stop_tasks);
             }
-            self.watch_until(&stop, &stop_tasks).await;
+            self.watch_until(&stop, &tasks, &stop_tasks).await;
         }
         self.take_down(&tasks, &stop_tasks).await;
     }
@@ -279,8 +279,9 @@ impl Allocation {
         Ok(())
     }
 
-    /// Waits for the end. A task that failed for good takes its siblings along, and the services out of the catalog.
-    async fn watch_until(&self, stop: &CancellationToken, stop_tasks: &CancellationToken) {
+    /// Waits for the end. A task that failed for good takes its siblings along, and the services out of the catalog; so does
+    /// what cannot be brought up, with the tasks that an agent before this one started.
+    async fn watch_until(&self, stop: &CancellationToken, tasks: &TaskTracker, stop_tasks: &CancellationToken) {
         let mut view = self.view.subscribe();
         let failed = async { view.wait_for(|view| view.status == AllocationStatus::Failed).await.is_ok() };
         tokio::select! {
@@ -288,7 +289,7 @@ impl Allocation {
             _ = failed => {
                 self.remember_failure();
                 self.deregister().await;
-                stop_tasks.cancel();
+                self.end_tasks(tasks, stop_tasks).await;
                 stop.cancelled().await;
             }
         }
@@ -307,12 +308,16 @@ impl Allocation {
         }
     }
 
-    async fn take_down(&self, tasks: &TaskTracker, stop_tasks: &CancellationToken) {
-        self.deregister().await;
+    async fn end_tasks(&self, tasks: &TaskTracker, stop_tasks: &CancellationToken) {
         stop_tasks.cancel();
         tasks.close();
         tasks.wait().await;
         self.end_strays().await;
+    }
+
+    async fn take_down(&self, tasks: &TaskTracker, stop_tasks: &CancellationToken) {
+        self.deregister().await;
+        self.end_tasks(tasks, stop_tasks).await;
         let stopped = self.sidecars().into_iter().map(|sidecar| async move {
             self.node.worker.stop(&sidecar, DRAIN).await;
         });

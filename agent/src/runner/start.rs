@@ -103,7 +103,8 @@ impl Allocation {
         self.view.send_modify(|view| view.tasks = tasks);
     }
 
-    /// Ends tasks that an earlier agent started and that were not taken over, because the allocation stops before it came up.
+    /// Ends tasks that an earlier agent started and that were not taken over, because the allocation stops or fails
+    /// before it came up.
     pub(super) async fn end_strays(&self) {
         let Ok(group) = self.group() else { return };
         for task in &group.tasks {
