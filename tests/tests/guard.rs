@@ -10,6 +10,7 @@ use culvert_control::state::Ledger;
 use culvert_control::store::{RedbStore, Store as _, Table};
 use culvert_tests::{
     App, Apps, DATA_DIR, GREETING, Node, NodeOptions, PATIENCE, Server, World, eventually, group, is_direct, upstream,
+    upstream6,
 };
 use culvert_types::Datacenter;
 use rcgen::{
@@ -101,6 +102,16 @@ fn syn(source: Ipv4Addr, destination: SocketAddr) -> Vec<u8> {
     packet
 }
 
+fn usurp(address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(16)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
 #[test]
 fn a_workload_that_lies_about_its_address_or_listens_on_a_sidecars_port_gains_nothing() {
     let world = World::new("guard-lies");
@@ -116,24 +127,19 @@ fn a_workload_that_lies_about_its_address_or_listens_on_a_sidecars_port_gains_no
     });
     eventually("the lie is told", || refusals(&node, "spoofed", "stranger") > before);
 
-    // Whoever listens on the sidecar's port beside the worker, if the kernel lets it, gets nothing.
-    let address = SocketAddr::from((pair.called.v4, pair.called.sidecar_port));
-    let usurper = pair.called.run(|| {
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-        socket.set_reuse_address(true)?;
-        socket.set_reuse_port(true)?;
-        socket.bind(&address.into())?;
-        socket.listen(16)?;
-        socket.set_nonblocking(true)?;
-        Ok::<_, io::Error>(socket)
-    });
-    for _ in 0..10 {
-        pair.caller.greeted(upstream()).expect("by way of the worker");
+    // Nobody can listen where the worker does, whatever the socket is told to share.
+    let port = pair.called.sidecar_port;
+    for address in [SocketAddr::from((pair.called.v4, port)), (Ipv4Addr::LOCALHOST, port).into()] {
+        let error = pair.called.run(|| usurp(address)).expect_err("listens where the worker does");
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address}");
     }
-    if let Ok(usurper) = usurper {
-        let error = usurper.accept().expect_err("a connection of the mesh");
-        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    // By IPv6 it is possible, and nothing of the mesh gets there.
+    let beside = pair.called.run(|| usurp((pair.called.v6, port).into())).expect("nobody listens there");
+    for upstream in [upstream(), upstream6()] {
+        pair.caller.greeted(upstream).expect("by way of the worker");
     }
+    let error = beside.accept().expect_err("a connection of the mesh");
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     drop((server, apps));
     node.leave();
 }
