@@ -5,15 +5,24 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt::RcvBufForce};
+use nix::{getsockopt_impl, libc, sockopt_impl};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// `ETH_P_ALL` in network order.
 const EVERYTHING: i32 = (0x0003_u16).to_be() as i32;
-/// Packets wait here while the thread looks at others; the kernel may give less.
-const BUFFER: usize = 8 << 20;
+/// Packets wait here while the thread looks at others.
+const BUFFER: usize = 32 << 20;
+/// For looking at what has arrived before the end.
+const DRAIN: Duration = Duration::from_secs(10);
+
+sockopt_impl!(
+    /// How many packets came and how many of them were dropped, since it was last asked for (packet(7)).
+    PacketStatistics, GetOnly, libc::SOL_PACKET, libc::PACKET_STATISTICS, libc::tpacket_stats
+);
 
 /// What was seen.
 #[derive(Debug, Default)]
@@ -28,7 +37,7 @@ pub struct Seen {
 #[derive(Debug)]
 pub struct Sniffer {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<Seen>,
+    thread: JoinHandle<anyhow::Result<Seen>>,
 }
 
 impl Sniffer {
@@ -40,7 +49,7 @@ impl Sniffer {
         let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(EVERYTHING)));
         let socket = socket.context("open a packet socket")?;
         socket.set_read_timeout(Some(Duration::from_millis(100)))?;
-        socket.set_recv_buffer_size(BUFFER)?;
+        setsockopt(&socket, RcvBufForce, &BUFFER)?;
         let (stop, addresses) = (Arc::new(AtomicBool::new(false)), addresses.to_vec());
         let thread = thread::spawn({
             let stop = Arc::clone(&stop);
@@ -52,21 +61,32 @@ impl Sniffer {
     /// What was seen until now.
     ///
     /// # Errors
-    /// When the thread did not end well.
+    /// When not all packets could be looked at.
     pub fn finish(self) -> anyhow::Result<Seen> {
         self.stop.store(true, Ordering::SeqCst);
-        self.thread.join().map_err(|_| anyhow::anyhow!("the thread that looked at packets panicked"))
+        self.thread.join().map_err(|_| anyhow::anyhow!("the thread that looked at packets panicked"))?
     }
 }
 
-fn watch(mut socket: Socket, addresses: &[IpAddr], markers: &[&[u8]], stop: &AtomicBool) -> Seen {
+fn watch(mut socket: Socket, addresses: &[IpAddr], markers: &[&[u8]], stop: &AtomicBool) -> anyhow::Result<Seen> {
     let (mut seen, mut frame) = (Seen::default(), vec![0; 65536 + 64]);
+    let mut until = None;
     loop {
         // What has arrived before the end is looked at.
-        let last = stop.load(Ordering::SeqCst);
+        if stop.load(Ordering::SeqCst) {
+            let until = *until.get_or_insert_with(|| Instant::now() + DRAIN);
+            ensure!(Instant::now() < until, "packets wait to be looked at after {DRAIN:?} yet");
+        }
         let Ok(length) = socket.read(&mut frame) else {
-            if last {
-                return seen;
+            if until.is_some() {
+                let kernel = getsockopt(&socket, PacketStatistics)?;
+                ensure!(
+                    kernel.tp_drops == 0,
+                    "nobody has looked at {} of {} packets",
+                    kernel.tp_drops,
+                    kernel.tp_packets
+                );
+                return Ok(seen);
             }
             continue;
         };
