@@ -196,6 +196,14 @@ impl Authority {
         signed
     }
 
+    /// Waits until `node` has registered `service`; for ever when the ledger is gone. Cancel-safe.
+    pub(crate) async fn registered(&self, node: &str, service: &ServiceName) {
+        let mut state = self.shared.ledger.watch();
+        if state.wait_for(|state| check_registered(state, node, service).is_ok()).await.is_err() {
+            std::future::pending().await
+        }
+    }
+
     /// Makes a new root. The old one vouches for it (a cross-signed certificate goes out with every new leaf), stays trusted
     /// for twice the life of a leaf (and until all that it signed have ended, should the life have been longer once), and
     /// loses its private key. Runs by itself when a root nears its end.

@@ -1,8 +1,9 @@
 //! The leaves of this node: keys made here, certified by the authority, renewed in time.
 //!
 //! One task per service whose leaf somebody watches. It publishes a new leaf while the old one is still valid, so watchers never
-//! see a gap; it ends, and the key is wiped, when the last watcher is gone. Renewal follows Consul: at a random point between
-//! 60 % and 90 % of the life, at once beyond 90 %, and within a random half minute after a change of the root.
+//! see a gap; it waits while the service is not registered; it ends, and the key is wiped, when the last watcher is gone.
+//! Renewal follows Consul: at a random point between 60 % and 90 % of the life, at once beyond 90 %, and within a random half
+//! minute after a change of the root.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -185,7 +186,9 @@ impl Keeper {
             };
             tokio::select! {
                 () = self.sender.closed() => if self.end() { return } else { continue },
-                () = authority.clock().sleep_until(due) => {}
+                // Asking again does not register it.
+                () = authority.registered(&self.shared.node, &self.service), if self.is_not_registered() => {}
+                () = authority.clock().sleep_until(due), if !self.is_not_registered() => {}
                 () = other_root(&mut roots, current.as_deref()), if failures == 0 => {
                     let smear = random::part_of(authority.local_settings().root_change_smear);
                     authority.clock().sleep_until(authority.clock().now() + smear).await;
@@ -193,6 +196,13 @@ impl Keeper {
             }
             failures = if self.renew().await { 0 } else { failures + 1 };
         }
+    }
+
+    /// Why the last attempt failed.
+    fn is_not_registered(&self) -> bool {
+        let progress = self.sender.borrow();
+        let Some(LeafError::Sign(error)) = &progress.error else { return false };
+        matches!(**error, SignError::NotRegistered { .. })
     }
 
     /// One attempt.
@@ -205,7 +215,7 @@ impl Keeper {
                 true
             }
             Err(error) => {
-                warn!(%error, "no new leaf certificate, trying again");
+                warn!(%error, "no new leaf certificate");
                 self.sender.send_modify(|progress| progress.error = Some(error));
                 false
             }

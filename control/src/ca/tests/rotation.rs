@@ -98,10 +98,23 @@ async fn a_service_that_is_not_registered_gets_a_reason_and_later_a_leaf() {
     assert!(matches!(&error, LeafError::Sign(why) if matches!(**why, SignError::NotRegistered { .. })), "{error}");
     assert!(watch.latest().is_none());
     world.register("web").await;
-    while watch.latest().is_none() {
-        watch.changed().await.expect("the next attempt");
-    }
-    assert!(hours(&world) < 0.1, "attempts come at most half a minute apart");
+    watch.changed().await.expect("alive");
+    assert!(watch.latest().is_some() && hours(&world) < 0.001, "at once");
+    world.stop.cancel();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_that_was_deregistered_is_asked_for_once_and_again_when_it_is_back() {
+    let world = World::new(CaSettings::default()).await;
+    world.register("web").await;
+    let mut watch = world.leaves.watch(&name("web")).expect("room");
+    let old = watch.ready().await.expect("registered");
+    world.deregister("web").await;
+    watch.changed().await.expect("the attempt to renew it");
+    tokio::time::timeout(100 * HOUR, watch.changed()).await.expect_err("another attempt");
+    world.register("web").await;
+    watch.changed().await.expect("alive");
+    assert_ne!(watch.latest().expect("a leaf").certificate.serial, old.certificate.serial);
     world.stop.cancel();
 }
 
