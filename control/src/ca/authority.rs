@@ -435,7 +435,8 @@ impl Shared {
 
     /// Within the hour, sooner when lives are short, and when the root is to be replaced.
     fn next_housekeeping(&self) -> SystemTime {
-        let (view, now) = (Arc::clone(&self.view.lock()), self.clock.now());
+        let view = self.view().unwrap_or_else(|_| Arc::clone(&self.view.lock()));
+        let now = self.clock.now();
         let latest = now + HOUSEKEEPING.min(view.settings.leaf_ttl);
         // Overdue means that the attempt has failed.
         view.roots.active().map_or(latest, |root| latest.min(replacement(root).max(now + ROOT_RETRY)))
