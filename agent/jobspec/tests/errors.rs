@@ -220,6 +220,7 @@ fn jobs_and_groups_say_what_they_lack() {
     );
     case("job \"shop\"", "job \"my shop\"", "Job ID contains a space", "\"my shop\"");
     case("task \"serve\"", "task \"a/b\"", "Task name cannot include slashes", "\"a/b\"");
+    case("task \"serve\"", "task \"alloc\"", "Task name cannot be \"alloc\"", "\"alloc\"");
     case("task \"serve\"", "task \"..\"", "Task name \"..\" is not usable as a name", "\"..\"");
     case("group \"web\"", "group \"\"", "Task group name is empty", "\"\"");
     case("group \"web\" {", "group \"web\" {\n count = -1", "\"count\" must be between 0 and 1000; got -1", "-1");

@@ -349,14 +349,16 @@ impl Allocation {
     }
 
     async fn remove(&self) -> Result<(), RunError> {
-        self.node.network.remove(&self.id).await?;
         let dir = AllocDir::new(&self.node.data_dir, &self.id);
         let cgroup = Path::new(&self.node.cgroup_parent).join(self.id.as_str());
         let demolish = move || -> Result<(), RunError> {
             kill_and_remove(&Hierarchies::find()?, &cgroup)?;
             Ok(dir.destroy()?)
         };
-        tokio::task::spawn_blocking(demolish).await.map_err(RunError::Aborted)??;
+        // The directory first: the network's records may need the room that it takes.
+        let demolished = tokio::task::spawn_blocking(demolish).await.map_err(RunError::Aborted)?;
+        self.node.network.remove(&self.id).await?;
+        demolished?;
         Ok(self.node.records.remove_allocation(&self.id)?)
     }
 }

@@ -135,6 +135,9 @@ impl Runner {
         let running: Vec<String> =
             self.views().into_iter().filter(|view| view.record.job.id == id).map(|view| view.record.id).collect();
         record.stopped = true;
+        // First of all: a task that filled the disk must end, whether that can be written down or not.
+        running.iter().for_each(|id| self.stop_allocation(id));
+        let endings = self.endings(&running);
         if purge {
             self.node.records.remove_job(id)?;
             self.jobs.lock().remove(id);
@@ -142,8 +145,6 @@ impl Runner {
             self.node.records.put_job(&record)?;
             self.jobs.lock().insert(id.to_owned(), record);
         }
-        running.iter().for_each(|id| self.stop_allocation(id));
-        let endings = self.endings(&running);
         Ok((running, endings))
     }
 

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde::{Deserialize, Serialize};
 
+use super::remove::remove_tree;
 use crate::task::Driver;
 use crate::workload::AllocId;
 
@@ -160,10 +161,7 @@ impl AllocDir {
     /// [`DirError`]; nothing is removed below a mount point that could not be unmounted.
     pub fn destroy(&self) -> Result<(), DirError> {
         self.unmount()?;
-        match fs::remove_dir_all(&self.path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result.map_err(failed("remove", &self.path)),
-        }
+        remove_tree(&self.path).map_err(failed("remove", &self.path))
     }
 
     /// Unmounts the `secrets` directories; the rest stays for whoever reads the logs.

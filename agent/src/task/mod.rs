@@ -16,6 +16,7 @@ mod dirs;
 pub mod executor;
 pub mod logs;
 mod record;
+mod remove;
 mod restart;
 mod running;
 mod spec;

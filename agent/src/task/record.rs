@@ -127,9 +127,12 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
     name.push(".new");
     let temporary = directory.join(name);
     let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)?;
+    let replaced = file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&temporary, path));
+    if replaced.is_err() {
+        // Half a file is of use to nobody, and where the disk is full its room is.
+        drop(fs::remove_file(&temporary));
+    }
+    replaced?;
     fs::File::open(directory)?.sync_all()
 }
 

@@ -21,6 +21,7 @@ mod server;
 mod status;
 mod view;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -45,6 +46,7 @@ use crate::state::Ledger;
 
 pub(crate) use self::filter::fuzz as fuzz_filter;
 pub use self::server::BindError;
+use self::server::Client;
 pub(crate) use self::server::HttpServer;
 
 /// What handlers need.
@@ -116,6 +118,12 @@ async fn unknown_path(uri: Uri) -> Response<Body> {
 /// What holds of every answer: common headers, Consul's form of 405, `OPTIONS`, a deadline for bodies.
 async fn conventions(State(api): Shared, request: Request, next: Next) -> Response<Body> {
     let method = request.method().clone();
+    if let Some(host) = foreign_host(&request, &api.place.node) {
+        let text = format!(
+            "requests to the host name {host:?} are not accepted; use an address, localhost or the node's name"
+        );
+        return reply::text(StatusCode::FORBIDDEN, text);
+    }
     if let Some(origin) = foreign_origin(&request) {
         return reply::text(StatusCode::FORBIDDEN, format!("requests from the web page {origin} are not accepted"));
     }
@@ -134,6 +142,25 @@ async fn conventions(State(api): Shared, request: Request, next: Next) -> Respon
     response.headers_mut().insert(reply::DEFAULT_POLICY, policy);
     response.headers_mut().insert(VARY, HeaderValue::from_static("Accept-Encoding"));
     response
+}
+
+/// The name by which a client on this host asked for us, if it is none of ours. A web page can have its own name point to a
+/// loopback address after it was loaded (DNS rebinding): to the browser we are then the page's own site, `Origin` and all.
+fn foreign_host(request: &Request, node: &str) -> Option<String> {
+    if !request.extensions().get::<Client>().is_some_and(|client| client.is_local) {
+        return None;
+    }
+    let host = request.headers().get(HOST)?.to_str().unwrap_or("?").to_ascii_lowercase();
+    let name = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, _port)) => address,
+        None => host.rsplit_once(':').map_or(host.as_str(), |(name, _port)| name),
+    };
+    let ours = name.is_empty()
+        || name == "localhost"
+        || name.ends_with(".localhost") // RFC 6761 §6.3: never anything but loopback
+        || name.eq_ignore_ascii_case(node)
+        || name.parse::<IpAddr>().is_ok();
+    (!ours).then_some(host)
 }
 
 /// The origin of a request that a web page of another site made, if it could change something. Browsers send some of them

@@ -84,6 +84,8 @@ struct Subscription {
     in_flight: Option<InFlight>,
     /// Was the last response refused?
     refused: bool,
+    /// Was there a response?
+    told: bool,
 }
 
 #[derive(Debug)]
@@ -120,7 +122,9 @@ impl Session {
             if kind == Kind::Listener {
                 removed.extend(self.of(kind).surplus(resources.of(kind)));
             }
-            if !changed.is_empty() || !removed.is_empty() {
+            // A client that asked for all must learn that there is nothing: it waits for its first answer.
+            let nothing = self.of(kind).awaits_first() && resources.of(kind).is_empty();
+            if nothing || !changed.is_empty() || !removed.is_empty() {
                 return Some(self.respond(kind, resources, changed, removed));
             }
         }
@@ -189,6 +193,7 @@ impl Session {
             self.endpoints.asked.extend(again.map(|cluster| cluster.name.clone()));
         }
         let subscription = self.of_mut(kind);
+        subscription.told = true;
         for resource in &changed {
             subscription.known.insert(resource.name.clone(), resource.version.clone());
             subscription.asked.remove(&resource.name);
@@ -273,6 +278,11 @@ impl Subscription {
 
     fn wants(&self, name: &str) -> bool {
         self.wildcard || self.names.contains(name)
+    }
+
+    /// Asked for everything, and was told nothing yet.
+    fn awaits_first(&self) -> bool {
+        self.started && self.wildcard && !self.told
     }
 
     /// What the client is to have and does not.

@@ -36,6 +36,13 @@ impl Client {
         client
     }
 
+    /// Of listeners only.
+    fn listening() -> Self {
+        let mut client = Self::new();
+        client.subscribe(Kind::Listener, &[]);
+        client
+    }
+
     fn subscribe(&mut self, kind: Kind, names: &[&str]) {
         let initial = self.has.iter().filter(|((of, _), _)| *of == kind);
         let request = DeltaDiscoveryRequest {
@@ -94,6 +101,18 @@ fn versions(response: &DeltaDiscoveryResponse) -> Vec<(String, String)> {
 }
 
 #[test]
+fn a_client_that_asked_for_all_is_told_that_there_is_nothing() {
+    let mut client = Client::connected();
+    let nothing = Resources::default();
+    for kind in [Kind::Cluster, Kind::Listener] {
+        let response = client.next(&nothing).expect("an answer");
+        assert_eq!((response.type_url.as_str(), response.resources.len()), (kind.type_url(), 0));
+        client.ack(&response);
+    }
+    assert!(client.next(&nothing).is_none(), "once");
+}
+
+#[test]
 fn clusters_come_first_then_endpoints_then_listeners() {
     let resources = test_resources(&ONE);
     let mut client = Client::connected();
@@ -121,7 +140,7 @@ fn a_listener_waits_for_its_endpoints_only_for_a_while() {
 
 #[test]
 fn one_response_of_a_kind_is_under_way_and_the_next_holds_the_latest() {
-    let mut client = Client::connected();
+    let mut client = Client::listening();
     let first = client.next(&test_resources(&[(Kind::Listener, "public", "1", None)])).expect("first");
     for version in ["2", "3", "4"] {
         assert!(client.next(&test_resources(&[(Kind::Listener, "public", version, None)])).is_none());
@@ -217,7 +236,7 @@ fn nothing_is_sent_to_a_client_that_reconnects_up_to_date() {
 
 #[test]
 fn a_refusal_names_its_resources_is_not_repeated_and_does_not_stop_later_updates() {
-    let mut client = Client::connected();
+    let mut client = Client::listening();
     let one = test_resources(&[(Kind::Listener, "a", "1", None), (Kind::Listener, "b", "1", None)]);
     let response = client.next(&one).expect("first");
     let nack = DeltaDiscoveryRequest {
@@ -253,7 +272,7 @@ fn nothing_is_taken_away_from_under_a_listener_that_a_client_kept() {
 
 #[test]
 fn stale_and_foreign_nonces_answer_nothing() {
-    let mut client = Client::connected();
+    let mut client = Client::listening();
     let first = client.next(&test_resources(&[(Kind::Listener, "public", "1", None)])).expect("first");
     for nonce in ["", "ffffffff"] {
         let answer = DeltaDiscoveryRequest { response_nonce: nonce.to_owned(), ..request(Kind::Listener, &[], &[]) };

@@ -212,6 +212,29 @@ async fn a_web_page_of_another_site_cannot_change_anything() {
 }
 
 #[tokio::test]
+async fn a_page_whose_name_was_made_to_point_here_gets_nothing() {
+    let server = Server::start().await;
+    let address = server.control.http_addrs()[0];
+    let port = address.port();
+    for (host, status) in [
+        ("evil.example:8500".to_owned(), "403"),
+        ("127.0.0.1.evil.example".to_owned(), "403"),
+        (format!("localhost:{port}"), "200"),
+        (format!("LocalHost:{port}"), "200"),
+        (address.to_string(), "200"),
+        ("[::1]:8500".to_owned(), "200"),
+        ("n1".to_owned(), "200"),
+    ] {
+        let mut stream = TcpStream::connect(address).await.expect("connected");
+        let request = format!("GET /v1/agent/services HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("sent");
+        let mut answer = String::new();
+        tokio::time::timeout(PATIENCE, stream.read_to_string(&mut answer)).await.expect("in time").expect("read");
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{host}: {answer}");
+    }
+}
+
+#[tokio::test]
 async fn one_client_cannot_take_every_connection() {
     let mut limited = config();
     limited.limits = HttpLimits { max_connections_per_client: 2, ..HttpLimits::default() };
@@ -219,7 +242,7 @@ async fn one_client_cannot_take_every_connection() {
     let address = server.control.http_addrs()[0];
     let connect = || async { TcpStream::connect(address).await.expect("connected") };
     let ask = async |stream: &mut TcpStream| {
-        stream.write_all(b"GET /v1/status/leader HTTP/1.1\r\nHost: x\r\n\r\n").await.expect("sent");
+        stream.write_all(b"GET /v1/status/leader HTTP/1.1\r\nHost: localhost\r\n\r\n").await.expect("sent");
         let mut answer = vec![0; 4096];
         let length = tokio::time::timeout(PATIENCE, stream.read(&mut answer)).await.expect("in time").expect("read");
         String::from_utf8_lossy(&answer[..length]).into_owned()
@@ -252,7 +275,7 @@ async fn slow_requests_are_cut_off() {
     let address = server.control.http_addrs()[0];
     for start in [
         "GET /v1/status/leader HTTP/1.1\r\nHost:",
-        "PUT /v1/agent/service/register HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{",
+        "PUT /v1/agent/service/register HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{",
     ] {
         let mut stream = TcpStream::connect(address).await.expect("connected");
         stream.write_all(start.as_bytes()).await.expect("sent");

@@ -12,7 +12,10 @@ use hcl_edit::structure::Block;
 pub const MAX_COUNT: u32 = 1000;
 
 /// Longest name of a job, group, task or port: names become parts of file names.
-pub const MAX_NAME: usize = 128;
+pub const MAX_NAME: usize = 120;
+
+/// No task can be called like the directory that stands beside those of the tasks.
+const SHARED_DIRECTORY: &str = "alloc";
 
 const JOB: Schema = Schema {
     block: "job",
@@ -155,6 +158,10 @@ fn decode_group(reader: &Reader<'_>, job: &Job, name: String) -> Group {
     let mut tasks = Vec::new();
     for (index, (task_name, block)) in reader.labelled("task").into_iter().enumerate() {
         check_name(reader, "Task name", &task_name);
+        if task_name.value == SHARED_DIRECTORY {
+            let hint = "it is the directory that the tasks of an allocation share; choose another name".to_owned();
+            reader.report(task_name.span.clone(), format!("Task name cannot be {SHARED_DIRECTORY:?}"), Some(hint));
+        }
         let duplicate = |task: &crate::Task| task.name == task_name.value;
         if tasks.iter().any(duplicate) {
             let message = format!("group {name:?} has two tasks named {:?}", task_name.value);
