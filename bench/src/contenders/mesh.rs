@@ -3,15 +3,19 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context as _;
-use culvert_tests::{Node, NodeOptions, World, eventually};
+use culvert_tests::{Node, NodeOptions, World};
 
 use crate::place::Place;
 
 /// Where the caller reaches the service that may go direct, and the one that is proxied.
 pub(super) const DIRECT: SocketAddr = SocketAddr::V4(std::net::SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, 8080));
 pub(super) const PROXIED: SocketAddr = SocketAddr::V4(std::net::SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, 8081));
+
+/// Seconds.
+const SETTLES_WITHIN: usize = 30;
 
 /// A running node.
 pub(super) struct Mesh {
@@ -52,9 +56,17 @@ impl Mesh {
         self.node.metric("culvert_connections_total", &[&format!("path=\"{path}\""), "side=\"outbound\""])
     }
 
-    /// Waits until the worker carries nothing any more.
-    pub(super) fn settle(&self) {
-        eventually("connections of the mesh end", || self.node.metric("culvert_connections_open", &[]) == 0);
+    /// Waits until nothing more is told of connections of before.
+    pub(super) fn settle(&self) -> anyhow::Result<()> {
+        let told = || ["direct", "proxied"].map(|path| self.connections(path));
+        for _ in 0..SETTLES_WITHIN {
+            let before = told();
+            std::thread::sleep(Duration::from_secs(1));
+            if told() == before {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("the mesh still tells of new connections {SETTLES_WITHIN} s after the last")
     }
 
     /// Removes everything.

@@ -95,7 +95,7 @@ impl Contenders {
     pub(crate) fn verify(&self) -> anyhow::Result<()> {
         for (name, path) in [(DIRECT, "direct"), (PROXIED, "proxied")] {
             let contender = self.all.iter().find(|contender| contender.name == name).context("a contender")?;
-            self.mesh.settle();
+            self.mesh.settle()?;
             let other = if path == "direct" { "proxied" } else { "direct" };
             let before = (self.mesh.connections(path), self.mesh.connections(other));
             answers(contender);
