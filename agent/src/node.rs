@@ -59,6 +59,7 @@ pub fn run(settings: Settings, again: SettingsSource) -> anyhow::Result<()> {
     let data_dir = settings.data_dir.clone();
     make_private(&data_dir)?;
     lock::take(&data_dir, now())?;
+    refuse_emptied_state(&data_dir)?;
     let node_file = NodeFile::load_or_create(&data_dir)?;
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("node").enable_all().build()?;
@@ -67,6 +68,21 @@ pub fn run(settings: Settings, again: SettingsSource) -> anyhow::Result<()> {
     control_runtime.shutdown_timeout(Duration::from_secs(2));
     runtime.shutdown_timeout(Duration::from_secs(2));
     result
+}
+
+/// A state file that lost its content, after a power cut say, would pass for that of a new mesh: without the intentions that
+/// jobs of this node rely on.
+fn refuse_emptied_state(data_dir: &Path) -> anyhow::Result<()> {
+    let state = data_dir.join("state.redb");
+    let has_jobs = std::fs::read_dir(data_dir.join("jobs")).is_ok_and(|mut jobs| jobs.next().is_some());
+    if has_jobs && std::fs::metadata(&state).is_ok_and(|state| state.len() == 0) {
+        bail!(
+            "{} is empty, but this node has jobs: restore it from a backup, or remove it to begin a new mesh without the \
+             intentions and certificates of the old one",
+            state.display()
+        );
+    }
+    Ok(())
 }
 
 fn require_root() -> anyhow::Result<()> {
@@ -432,5 +448,25 @@ impl Agent {
         let control = self.control;
         on(control_runtime.handle(), async move { control.shutdown().await }).await?;
         left.map_err(anyhow::Error::msg)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_that_was_emptied_under_jobs_is_refused() {
+        let data = tempfile::tempdir().expect("a directory");
+        let state = data.path().join("state.redb");
+        refuse_emptied_state(data.path()).expect("a new node");
+        std::fs::write(&state, "").expect("a file");
+        refuse_emptied_state(data.path()).expect("killed before it had anything");
+        std::fs::create_dir(data.path().join("jobs")).expect("a directory");
+        std::fs::write(data.path().join("jobs/61.json"), "{}").expect("a job");
+        let refused = refuse_emptied_state(data.path()).expect_err("jobs, and no state");
+        assert!(refused.to_string().contains("restore it from a backup"), "{refused}");
+        std::fs::write(&state, "redb").expect("a file");
+        refuse_emptied_state(data.path()).expect("the store looks at what is in it");
     }
 }

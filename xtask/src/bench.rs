@@ -18,6 +18,9 @@ pub(crate) struct Options {
     /// Folder for bench.json and bench.svg; without it .cache/bench.
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Passed on, after `--`: `--rounds`, `--millis`, `--held`, `--flips`.
+    #[arg(last = true)]
+    extent: Vec<String>,
 }
 
 pub(crate) fn run(setup: &Setup, options: &Options) -> anyhow::Result<()> {
@@ -35,6 +38,7 @@ pub(crate) fn run(setup: &Setup, options: &Options) -> anyhow::Result<()> {
     if options.quick {
         bench.args(["--rounds=4", "--millis=300", "--held=200", "--flips=20"]);
     }
+    bench.args(&options.extent);
     let out = options.out.clone().unwrap_or_else(|| cache().join("bench"));
     command::run(bench.arg("--out").arg(&out))?;
     println!("wrote {}", out.join("bench.{json,svg}").display());

@@ -65,7 +65,8 @@ pub(crate) fn run(setup: &Setup, options: &Options) -> anyhow::Result<()> {
 
 fn build(release: bool) -> anyhow::Result<PathBuf> {
     let mut build = cargo();
-    build.args(["build", "--quiet", "-p", "culvert-agent", "-p", "counter-api", "-p", "counter-dashboard"]);
+    // As `cargo xtask test` builds them: of a part alone, dependencies would be built again with other features.
+    build.args(["build", "--quiet", "--workspace", "--bins"]);
     if release {
         build.arg("--release");
     }
