@@ -63,6 +63,8 @@ struct Stopping {
 /// Why the inner loop returned.
 enum Ended {
     WorkerGone,
+    /// The agent ends and leaves the worker at work.
+    Left,
     Shutdown(Duration, oneshot::Sender<()>),
 }
 
@@ -106,6 +108,7 @@ impl Supervisor {
             self.surroundings.no_traffic(None);
             match ended {
                 Ended::Shutdown(deadline, done) => return self.shut_down(worker, deadline, done).await,
+                Ended::Left => return,
                 Ended::WorkerGone => worker.end().await,
             }
             pause =
@@ -157,7 +160,7 @@ impl Supervisor {
             let result = tokio::select! {
                 _ = pings.tick() => self.ping(worker).await,
                 command = self.commands.recv() => match command {
-                    None => return Ended::WorkerGone,
+                    None => return Ended::Left,
                     Some(Command::Shutdown { deadline, done }) => return Ended::Shutdown(deadline, done),
                     Some(Command::Serve(served)) => self.serve(worker, served).await,
                     Some(Command::Stop { proxy, deadline, done }) => self.stop(worker, proxy, deadline, done).await,
