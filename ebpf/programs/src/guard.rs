@@ -8,24 +8,64 @@ use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use culvert_ebpf_common::event::{PROTOCOL_TCP, PROTOCOL_UDP};
 use culvert_ebpf_common::{
-    Address, Admission, Arrival, EventKind, FlowKey, Mac, Source, WORKLOAD_LOOKUP, Workload, admit,
+    Address, Admission, Arrival, EventKind, FlowKey, Mac, Source, WORKLOAD_LOOKUP, Workload, admit, is_application,
 };
 
-use crate::packet::{Arp, ETHERTYPE_ARP, Ethernet, ICMPV6, Packet, is_plain_segment, opens};
+use crate::packet::{Arp, ETHERTYPE_ARP, Ethernet, ICMPV6, Packet, Segment, opens};
 use crate::tables::{authorised, field, port_kind, workload_by_address, workload_by_interface};
 use crate::tell;
 
 /// Options of a neighbour discovery message that are looked at; no honest one has more.
 const MAX_OPTIONS: u32 = 4;
 
-/// A packet from the workload: may it pass?
+/// What becomes of a packet from a workload.
+pub enum Passage {
+    Drop,
+    /// On to the bridge.
+    Bridge,
+    /// Straight to the veth with this interface index.
+    Veth(u32),
+}
+
+/// A packet from the workload: may it pass, and where?
 #[inline(always)]
-pub fn from_workload(ctx: &TcContext) -> bool {
+pub fn from_workload(ctx: &TcContext) -> Passage {
     let interface = field!(ctx.skb.skb, ifindex);
     let Some(workload) = workload_by_interface(interface) else {
         debug!(ctx, "a frame from interface {}, which is no workload's, is dropped", interface);
-        return false;
+        return Passage::Drop;
     };
+    if let Some(veth) = shortcut(ctx, workload) {
+        return Passage::Veth(veth);
+    }
+    if is_honest(ctx, workload) { Passage::Bridge } else { Passage::Drop }
+}
+
+/// The veth of the workload at the other end of a direct connection, for a segment that the workload itself has sent.
+///
+/// Past the bridge, because the host's packet filter may hang at it (`br_netfilter`) and costs more than all else on the way.
+/// The segments that open a connection still go by the bridge, so the filter has its say about every connection. An
+/// application's port tells direct connections from others: no other connection of a workload gets there.
+#[inline(always)]
+fn shortcut(ctx: &TcContext, workload: &Workload) -> Option<u32> {
+    let segment = Segment::peek(ctx)?;
+    let Segment { ethernet, flow, .. } = &segment;
+    let own = ethernet.source.same(&workload.mac) && workload.owns(&flow.source);
+    if !own || segment.synchronises() || field!(ctx.skb.skb, vlan_present) != 0 {
+        return None;
+    }
+    let other = workload_by_address(&flow.destination)?;
+    let direct = other.id != workload.id
+        && other.ready()
+        && other.mac.same(&ethernet.destination)
+        && (is_application(port_kind(other.id, flow.destination_port))
+            || is_application(port_kind(workload.id, flow.source_port)));
+    direct.then_some(other.ifindex)
+}
+
+/// Does the packet come from the workload's own addresses?
+#[inline(always)]
+fn is_honest(ctx: &TcContext, workload: &Workload) -> bool {
     let Some(ethernet) = Ethernet::read(ctx) else { return false };
     let kind = ethernet.kind();
     let own_mac = ethernet.source.same(&workload.mac);
@@ -53,7 +93,7 @@ pub fn from_workload(ctx: &TcContext) -> bool {
 /// A packet to the workload: may it pass?
 #[inline(always)]
 pub fn to_workload(ctx: &TcContext) -> bool {
-    if is_plain_segment(ctx) {
+    if Segment::peek(ctx).is_some_and(|segment| !segment.opens()) {
         return true;
     }
     let Some(workload) = workload_by_interface(field!(ctx.skb.skb, ifindex)) else { return false };

@@ -6,7 +6,7 @@
 //! | `getpeername4`, `getpeername6` | cgroup | the application sees the address it had asked for |
 //! | `milestone` | cgroup (sockops) | gives leave for exactly the connection that leaves; keeps listeners; tells opens and closes |
 //! | `lookup` | network namespace | hands an authorised connection to the application, refuses the rest with a reset |
-//! | `from_workload` | veth, host end, ingress | drops what does not come from the workload's own addresses |
+//! | `from_workload` | veth, host end, ingress | drops what does not come from the workload's own addresses; leads open direct connections past the bridge |
 //! | `to_workload` | veth, host end, egress | drops what would open something without leave |
 //!
 //! Everything fails closed: without an entry a socket is left untouched, and the worker's listener gets it, or a packet is
@@ -25,8 +25,11 @@ mod tables;
 mod tell;
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, sk_action};
+use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::{cgroup_sock_addr, classifier, sk_lookup, sock_ops};
 use aya_ebpf::programs::{SkLookupContext, SockAddrContext, SockOpsContext, TcContext};
+
+use guard::Passage;
 
 /// A `cgroup_sock_addr` program lets the system call go on.
 const PROCEED: i32 = 1;
@@ -75,7 +78,12 @@ pub fn lookup(ctx: SkLookupContext) -> u32 {
 /// See [`guard::from_workload`].
 #[classifier]
 pub fn from_workload(ctx: TcContext) -> i32 {
-    if guard::from_workload(&ctx) { TC_ACT_UNSPEC } else { TC_ACT_SHOT }
+    match guard::from_workload(&ctx) {
+        Passage::Drop => TC_ACT_SHOT,
+        Passage::Bridge => TC_ACT_UNSPEC,
+        // SAFETY: the helper takes numbers.
+        Passage::Veth(ifindex) => unsafe { bpf_redirect(ifindex, 0) as i32 },
+    }
 }
 
 /// See [`guard::to_workload`].

@@ -17,7 +17,7 @@ const MAX_EXTENSIONS: u32 = 6;
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Ethernet {
-    destination: Mac,
+    pub destination: Mac,
     pub source: Mac,
     /// Network order.
     kind: u16,
@@ -78,38 +78,67 @@ struct Tcp {
 const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
 
-/// Is this a segment of TCP over IP, without options or extensions, that opens nothing? What goes on all the time, recognised at
-/// little cost.
-#[inline(always)]
-pub fn is_plain_segment(ctx: &TcContext) -> bool {
-    let Some(ethernet) = peek::<Ethernet>(ctx, 0) else { return false };
-    let transport = match ethernet.kind() {
-        ETHERTYPE_IPV4 => {
-            let Some(header) = peek::<Ipv4>(ctx, ETHERNET) else { return false };
-            let plain = header.version_and_length == 0x45
-                && header.protocol == 6
-                && u16::from_be(header.fragment) & 0x3fff == 0;
-            if !plain {
-                return false;
+/// A segment of TCP over IP without options, extensions or fragments, whose headers lie in place: what goes on all the time,
+/// recognised at little cost. Headers of a frame made on this node always lie in place.
+#[derive(Clone, Copy)]
+pub struct Segment {
+    pub ethernet: Ethernet,
+    pub flow: FlowKey,
+    flags: u8,
+}
+
+impl Segment {
+    /// The segment in a frame, if it is such a plain one.
+    #[inline(always)]
+    pub fn peek(ctx: &TcContext) -> Option<Self> {
+        let ethernet = peek::<Ethernet>(ctx, 0)?;
+        let (source, destination, tcp) = match ethernet.kind() {
+            ETHERTYPE_IPV4 => {
+                let header = peek::<Ipv4>(ctx, ETHERNET)?;
+                let fragment = u16::from_be(header.fragment) & 0x3fff != 0;
+                if header.version_and_length != 0x45 || header.protocol != 6 || fragment {
+                    return None;
+                }
+                let tcp = peek::<Tcp>(ctx, ETHERNET + size_of::<Ipv4>())?;
+                (Address::v4(word(header.source)), Address::v4(word(header.destination)), tcp)
             }
-            peek::<Tcp>(ctx, ETHERNET + size_of::<Ipv4>())
-        }
-        ETHERTYPE_IPV6 => {
-            let Some(header) = peek::<Ipv6>(ctx, ETHERNET) else { return false };
-            if header.version >> 4 != 6 || header.next != 6 {
-                return false;
+            ETHERTYPE_IPV6 => {
+                let header = peek::<Ipv6>(ctx, ETHERNET)?;
+                let (source, destination) = (words(header.source), words(header.destination));
+                if header.version >> 4 != 6 || header.next != 6 || is_mapped(&source, &destination) {
+                    return None;
+                }
+                (source, destination, peek::<Tcp>(ctx, ETHERNET + size_of::<Ipv6>())?)
             }
-            peek::<Tcp>(ctx, ETHERNET + size_of::<Ipv6>())
-        }
-        _ => return false,
-    };
-    transport.is_some_and(|header| !opens(header.flags))
+            _ => return None,
+        };
+        let [source_port, destination_port] = [u16::from_be(tcp.ports[0]), u16::from_be(tcp.ports[1])];
+        Some(Self { ethernet, flow: FlowKey { source, destination, source_port, destination_port }, flags: tcp.flags })
+    }
+
+    /// Does it open a connection?
+    #[inline(always)]
+    pub fn opens(&self) -> bool {
+        opens(self.flags)
+    }
+
+    /// Does it open a connection, or accept one?
+    #[inline(always)]
+    pub fn synchronises(&self) -> bool {
+        self.flags & SYN != 0
+    }
 }
 
 /// Does a segment with these flags open a connection?
 #[inline(always)]
 pub fn opens(flags: u8) -> bool {
     flags & (SYN | ACK) == SYN
+}
+
+/// IPv4 addresses in an IPv6 header: on the wire these are forbidden (RFC 4291 §2.5.5.2), and in our tables they mean IPv4.
+#[inline(always)]
+fn is_mapped(source: &Address, destination: &Address) -> bool {
+    source.is_v4() || destination.is_v4()
 }
 
 /// What lies at `offset`, if that part of the frame can be read in place: the headers of a frame made on this node always can.
@@ -237,8 +266,7 @@ impl Packet {
             return None;
         }
         let (source, destination) = (words(header.source), words(header.destination));
-        // On the wire these are forbidden (RFC 4291 §2.5.5.2), and in our tables they mean IPv4.
-        if source.is_v4() || destination.is_v4() {
+        if is_mapped(&source, &destination) {
             return None;
         }
         let mut packet = Self {
