@@ -16,8 +16,11 @@ use tracing::warn;
 use super::clock;
 use crate::sys::watch;
 
-/// Events that wait for the agent; further ones are counted and left out.
-pub const EVENT_QUEUE: usize = 4096;
+/// Events that wait for the agent; further ones are counted and left out. More than the ring holds.
+pub const EVENT_QUEUE: usize = 16_384;
+/// After a look into the ring, the next one comes no sooner. Meanwhile the kernel wakes nobody: a wake-up, with its interrupt, for
+/// each event would cost a new connection more than the kernel programs do. The ring holds what comes in this time many times over.
+const REST: Duration = Duration::from_millis(10);
 
 /// A connection, or a packet that would have opened one, seen from the side that calls.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -247,6 +250,7 @@ pub(super) async fn pump(
                 Err(mpsc::error::TrySendError::Closed(_)) => return,
             }
         }
+        tokio::time::sleep(REST).await;
     }
 }
 
