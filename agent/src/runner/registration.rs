@@ -10,7 +10,7 @@ use culvert_jobspec::{
     AllocContext, Check, CheckKind, Environment, Group, Job, NodeContext, Port, PortBinding, PortRef, Proxy, Service,
     SidecarService, Template, TemplateError,
 };
-use culvert_types::format_go_duration;
+use culvert_types::{NameError, ServiceName, format_go_duration};
 use serde_json::{Map, Value, json};
 
 use super::RunError;
@@ -71,6 +71,15 @@ pub enum RegistrationError {
         /// What is wrong with the text.
         #[source]
         source: TemplateError,
+    },
+    /// What the name became with the values of this allocation.
+    #[error("service of group {group:?}")]
+    Name {
+        /// The group.
+        group: String,
+        /// What is wrong with it.
+        #[source]
+        source: NameError,
     },
     /// The port label is not one of the group's.
     #[error("No port of label {label:?} defined in group {group:?}")]
@@ -141,6 +150,7 @@ fn registration(allocation: &Allocated<'_>, service: &Service) -> Result<Registr
     let texts =
         |templates: &[Template], field| templates.iter().map(|one| text(one, field)).collect::<Result<Vec<_>, _>>();
     let name = text(&service.name, "name")?;
+    ServiceName::new(&name).map_err(|source| RegistrationError::Name { group: group.name.clone(), source })?;
     let port = service.port.as_ref().map(|port| inside_port(allocation, port)).transpose()?;
     let label = service.port.as_ref().map_or_else(String::new, |port| match port {
         PortRef::Label(label) => label.clone(),
@@ -266,6 +276,29 @@ mod tests {
     use culvert_jobspec::Upstream;
 
     use super::*;
+    use crate::report::chain;
+
+    #[test]
+    fn a_name_that_no_identity_can_have_is_found_before_anything_starts() {
+        let job = r#"job "web" {
+            group "web" {
+              network { mode = "bridge" }
+              service { name = "${meta.called}" }
+              task "web" {
+                driver = "raw_exec"
+                config { command = "true" }
+              }
+            }
+        }"#;
+        let job = culvert_jobspec::parse(job, "web.hcl", &BTreeMap::new()).expect("a job");
+        let node = |called: &str| NodeContext {
+            meta: [("called".to_owned(), called.to_owned())].into(),
+            ..NodeContext::default()
+        };
+        check(&job, &node("web")).expect("a name");
+        let refused = check(&job, &node("../../etc")).expect_err("a path");
+        assert!(chain(&refused).contains("name \"../../etc\" must start"), "{}", chain(&refused));
+    }
 
     #[test]
     fn an_upstream_without_an_address_is_on_localhost_in_both_families() {

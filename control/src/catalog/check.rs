@@ -29,6 +29,7 @@ pub(super) fn parse_own(body: Body, place: &Place) -> Result<Check, CheckError> 
         return Err(CheckError::MissingName);
     }
     let id = first(&[&body.id, &body.check_id, &body.name]);
+    check_registered(&id)?;
     let definition = definition(&body, place)?;
     let status = status(&body.status).ok_or(CheckError::BadStatus)?;
     Ok(Check {
@@ -54,7 +55,11 @@ pub(super) fn parse_all(bodies: Vec<Body>, service: &Service, place: &Place) -> 
             if several { format!("service:{}:{}", service.id, n + 1) } else { format!("service:{}", service.id) };
         let definition = definition(&body, place)?;
         let status = status(&body.status).ok_or(CheckError::Status)?;
-        let id = first(&[&body.check_id, &body.id, &auto]);
+        let given = first(&[&body.check_id, &body.id]);
+        if !given.is_empty() {
+            check_registered(&given)?;
+        }
+        let id = first(&[&given, &auto]);
         if checks.iter().any(|check| check.id == id) {
             return Err(CheckError::Duplicate(id));
         }
@@ -89,6 +94,10 @@ pub(super) fn serf_health(node: &str) -> Check {
         output: "Agent alive and reachable".to_owned(),
         definition: fixed(),
     }
+}
+
+fn check_registered(id: &str) -> Result<(), CheckError> {
+    culvert_types::check_registered(id).map_err(|err| CheckError::Invalid(format!("ID: {err}")))
 }
 
 fn first(texts: &[&str]) -> String {

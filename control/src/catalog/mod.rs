@@ -18,7 +18,8 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use culvert_api::{CheckDefinition, ServiceRegistration};
-use tracing::info;
+use culvert_types::ServiceName;
+use tracing::{info, warn};
 
 use crate::state::rows::{self, Check, Service};
 use crate::state::{Ledger, Plan, State, Stored, UpdateError, row_key};
@@ -89,6 +90,9 @@ impl Catalog {
         replace_checks: bool,
     ) -> Result<Registered, RegisterError> {
         let wanted = service::parse(body, &self.place)?;
+        if let Err(error) = ServiceName::new(&wanted.main.service.name) {
+            warn!(%error, id = wanted.main.service.id, "registered a service that can never be in the mesh");
+        }
         self.ledger
             .update(|state, plan| {
                 let sidecar = wanted.sidecar.as_ref();

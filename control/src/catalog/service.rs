@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use culvert_api::{CheckDefinition, ServiceRegistration as Body};
+use culvert_types::ServiceName;
 
 use super::error::RegisterError;
 use super::sidecar::Sidecar;
@@ -35,6 +36,8 @@ pub(super) fn parse(body: Body, place: &Place) -> Result<Wanted, RegisterError> 
     if service.id.is_empty() {
         service.id.clone_from(&service.name);
     }
+    check_registered("Name", &service.name)?;
+    check_registered("ID", &service.id)?;
     let invalid = |what: &str| RegisterError::Invalid(what.to_owned());
     let sidecar = match connect {
         Some(Connect::Native) => {
@@ -59,7 +62,8 @@ pub(super) fn parse(body: Body, place: &Place) -> Result<Wanted, RegisterError> 
     }
     if sidecar.is_some() || service.connect_native {
         // It becomes the identity in a certificate.
-        culvert_types::ServiceName::new(&service.name).map_err(|err| RegisterError::Invalid(err.to_string()))?;
+        ServiceName::new(&service.name)
+            .map_err(|err| RegisterError::Invalid(format!("Name: {err}; it becomes the identity of the service")))?;
     }
     let checks = check::parse_all(checks, &service, place).map_err(RegisterError::Check)?;
     if let Some(listening) = &sidecar
@@ -69,6 +73,10 @@ pub(super) fn parse(body: Body, place: &Place) -> Result<Wanted, RegisterError> 
         check::parse_all(own.clone(), &listening.service, place).map_err(RegisterError::SidecarCheck)?;
     }
     Ok(Wanted { main: Instance { service, checks }, sidecar })
+}
+
+fn check_registered(field: &str, text: &str) -> Result<(), RegisterError> {
+    culvert_types::check_registered(text).map_err(|err| RegisterError::Invalid(format!("{field}: {err}")))
 }
 
 enum Connect {
@@ -93,6 +101,9 @@ fn parse_sidecar(body: Body, place: &Place) -> Result<Sidecar, RegisterError> {
         return Err(invalid("A SidecarService cannot be Connect native"));
     }
     let (Parts { service, checks }, _) = split(body, place)?;
+    if !service.name.is_empty() {
+        check_registered("SidecarService.Name", &service.name)?;
+    }
     Ok(Sidecar { service, checks: (!checks.is_empty()).then_some(checks) })
 }
 

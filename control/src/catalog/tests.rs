@@ -262,7 +262,10 @@ async fn registrations_are_refused_with_consuls_texts_and_change_nothing() {
         (with("Kind", json!("mesh-gateway")), "not supported by culvert yet: Kind \"mesh-gateway\""),
         (with("SocketPath", json!("/run/x")), "not supported by culvert yet: SocketPath"),
         (with("Namespace", json!("other")), "not supported by culvert yet: Namespace"),
-        (json!({"Name": "we b", "Port": 1, "Connect": {"SidecarService": {}}}), "Validation failed: name \"we b\""),
+        (
+            json!({"Name": "we b", "Port": 1, "Connect": {"SidecarService": {}}}),
+            "Validation failed: Name: name \"we b\"",
+        ),
         (
             json!({"Name": "web", "Connect": {"Native": true}}),
             "Port or SocketPath must be set for a Connect native service.",
@@ -332,6 +335,14 @@ async fn registrations_are_refused_with_consuls_texts_and_change_nothing() {
             with("Checks", json!([{"CheckID": "x", "TTL": "1s"}, {"CheckID": "x", "TTL": "1s"}])),
             "duplicate check ID \"x\"",
         ),
+        (json!({"Name": "../../etc"}), "Name: \"../../etc\" must not look like a file path"),
+        (json!({"Name": "web", "ID": "../../etc"}), "ID: \"../../etc\" must not look like a file path"),
+        (json!({"Name": "web\nfake 1"}), "Name: \"web\\nfake 1\" must not hold control characters"),
+        (
+            json!({"Name": "web", "Port": 1, "Connect": {"SidecarService": {"Name": "/etc"}}}),
+            "SidecarService.Name: \"/etc\"",
+        ),
+        (check(json!({"CheckID": "../c", "TTL": "1s"})), "Invalid check: ID: \"../c\" must not look like a file path"),
     ];
     for (body, text) in cases {
         let err = world.register(body.clone()).await.expect_err(&body.to_string()).to_string();
@@ -366,6 +377,7 @@ async fn a_check_is_registered_by_itself() {
         (json!({"Name": "x", "TTL": "1s", "Status": "fine"}), "Bad check status"),
         (json!({"Name": "x", "TTL": "1s", "ServiceID": "nope"}), "ServiceID \"nope\" does not exist"),
         (json!({"Name": "x"}), "Invalid check: TTL must be > 0 for TTL checks"),
+        (json!({"Name": "x\n", "TTL": "1s"}), "Invalid check: ID: \"x\\n\" must not hold control characters"),
     ] {
         let err = world.register_check(body.clone()).await.expect_err("refused").to_string();
         assert_eq!(err, text, "{body}");

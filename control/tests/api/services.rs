@@ -135,3 +135,33 @@ async fn the_job_runner_and_the_api_share_one_way_in() {
     server.control.deregister_service("web").await.expect("deregistered");
     assert_eq!(server.get("/v1/agent/services").await.ok(), json!({}));
 }
+
+/// Consul takes them with a warning, so they are taken; but whoever carries an identity is a segment of its SPIFFE ID.
+#[tokio::test]
+async fn a_name_that_no_identity_can_have_stays_outside_of_the_mesh() {
+    let server = Server::start().await;
+    let path = "/v1/agent/service/register";
+    for name in ["team/web", "a b", "web..1"] {
+        register(&server, json!({"ID": "one", "Name": name, "Port": 80})).await;
+        assert_eq!(server.get("/v1/agent/service/one").await.ok()["Service"], name);
+        let meshed = [
+            json!({"Name": name, "Port": 80, "Connect": {"SidecarService": {}}}),
+            json!({"Name": name, "Port": 80, "Connect": {"Native": true}}),
+            json!({"Name": "p", "Port": 80, "Kind": "connect-proxy", "Proxy": {"DestinationServiceName": name}}),
+            json!({"Name": "p", "Port": 80, "Connect": {"SidecarService": {"Proxy": {"Upstreams": [
+                {"DestinationName": name, "LocalBindPort": 9000}
+            ]}}}}),
+        ];
+        for body in meshed {
+            let refused = server.put(path, body).await;
+            assert!(refused.status == 400 && refused.body.contains(&format!("name {name:?}")), "{refused:?}");
+        }
+        let at = name.replace(' ', "%20");
+        assert_eq!(server.get(&format!("/v1/agent/connect/ca/leaf/{at}")).await.status, 400, "{name}");
+        let intention = format!("/v1/connect/intentions/exact?source=a&destination={}", at.replace('/', "%2F"));
+        assert_eq!(server.put(&intention, json!({"Action": "allow"})).await.status, 400, "{name}");
+        let asked = json!({"Target": name, "ClientCertURI": "spiffe://td/ns/default/dc/dc1/svc/a"});
+        let asked = server.send("POST", "/v1/agent/connect/authorize", asked.to_string()).await;
+        assert_eq!(asked.status, 400, "{name}");
+    }
+}

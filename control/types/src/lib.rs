@@ -21,5 +21,5 @@ pub use duration::{DurationError, format_go_duration, parse_go_duration};
 pub use encryption::{Encryption, UnknownEncryption};
 pub use health::{HealthStatus, UnknownHealthStatus, aggregate};
 pub use intention::{Action, Intention, IntentionSubject, Precedence, UnknownAction};
-pub use name::{Datacenter, MAX_SERVICE_NAME, NameError, ServiceName};
+pub use name::{Datacenter, MAX_REGISTERED, MAX_SERVICE_NAME, NameError, ServiceName, check_registered};
 pub use spiffe::{MAX_SPIFFE_ID, MAX_TRUST_DOMAIN, ServiceIdentity, SpiffeError, SpiffeId, TrustDomain};

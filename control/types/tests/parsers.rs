@@ -8,7 +8,7 @@ use culvert_types::{
 use proptest::prelude::*;
 
 fn label() -> impl Strategy<Value = String> {
-    "[a-zA-Z0-9]([a-zA-Z0-9._-]{0,20}[a-zA-Z0-9])?"
+    "[a-zA-Z0-9]([a-zA-Z0-9_-]{0,9}[a-zA-Z0-9])?(\\.[a-zA-Z0-9]([a-zA-Z0-9_-]{0,9}[a-zA-Z0-9])?)?"
 }
 
 proptest! {

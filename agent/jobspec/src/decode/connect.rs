@@ -3,6 +3,7 @@
 use super::reader::{At, EMPTY, Reader, Schema, header};
 use crate::hcl::Value;
 use crate::{Connect, Proxy, SidecarService, Upstream};
+use culvert_types::ServiceName;
 use hcl_edit::structure::Block;
 use serde_json::Map;
 use std::net::{IpAddr, Ipv4Addr};
@@ -139,7 +140,7 @@ fn decode_upstream(proxy: &Reader<'_>, index: usize, block: &Block) -> Option<Up
         reader.missing(required);
     }
     let destination = reader.literal("destination_name");
-    if let Some(name) = destination.as_ref().filter(|name| !is_destination(&name.value)) {
+    if let Some(name) = destination.as_ref().filter(|name| ServiceName::new(&name.value).is_err()) {
         let message = format!("{:?} is not the name of a service", name.value);
         let hint = "letters, digits, \"-\", \"_\" and \".\", at most 63 characters".to_owned();
         reader.report(name.span.clone(), message, Some(hint));
@@ -158,16 +159,6 @@ fn decode_upstream(proxy: &Reader<'_>, index: usize, block: &Block) -> Option<Up
         local_bind_port: local_bind_port?.value,
         config,
     })
-}
-
-/// What the catalog takes as a service name.
-fn is_destination(text: &str) -> bool {
-    let inner = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
-    let edge = |byte: Option<u8>| byte.is_some_and(|byte| byte.is_ascii_alphanumeric());
-    text.len() <= super::service::MAX_SERVICE_NAME
-        && text.bytes().all(inner)
-        && edge(text.bytes().next())
-        && edge(text.bytes().last())
 }
 
 fn address(reader: &Reader<'_>, name: &str) -> Option<IpAddr> {

@@ -4,12 +4,10 @@ use super::connect::decode_connect;
 use super::reader::{At, EMPTY, Reader, Schema};
 use crate::hcl::to_text;
 use crate::{Check, CheckKind, CheckStatus, HttpCheck, Job, PortRef, Service, Template};
+use culvert_types::{MAX_SERVICE_NAME, ServiceName};
 use hcl_edit::structure::Block;
 use std::collections::BTreeMap;
 use std::time::Duration;
-
-/// Longest service name: it must fit a DNS label (RFC 1035 §2.3.4).
-pub(super) const MAX_SERVICE_NAME: usize = 63;
 
 /// Shortest `interval` and `timeout` of a check.
 const MIN_CHECK_TIME: Duration = Duration::from_secs(1);
@@ -147,14 +145,9 @@ fn check_service_name(reader: &Reader<'_>, name: &At<Template>) {
     }
 }
 
-/// RFC 1123 label: letters, digits and inner dashes, at most [`MAX_SERVICE_NAME`] bytes.
+/// What the mesh takes, as one RFC 1123 label: letters, digits and inner dashes.
 fn is_service_name(text: &str) -> bool {
-    let inner = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
-    !text.is_empty()
-        && text.len() <= MAX_SERVICE_NAME
-        && text.bytes().all(inner)
-        && !text.starts_with('-')
-        && !text.ends_with('-')
+    ServiceName::new(text).is_ok() && !text.contains(['_', '.'])
 }
 
 /// `port = "http"`, `port = "9001"` or `port = 9001`.
