@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail};
 use culvert_control::ca::{CaSettings, Clock, ConfigurationUpdate};
+use culvert_control::disk::remedy;
 use culvert_control::xds::XdsLimits;
 use culvert_control::{CONSUL_VERSION, Control, ControlConfig, HttpLimits, Reloadable, XdsPeer};
 use culvert_jobspec::NodeContext;
@@ -30,7 +31,7 @@ use crate::policy::{self, PolicyEngine};
 use crate::report::chain;
 use crate::routes::{self, Ask, NodeState, RouteState};
 use crate::runner::{NodeServices, Records, Runner, WorkloadDialer};
-use crate::task::ExecutorCommand;
+use crate::task::{ExecutorCommand, sweep};
 use crate::worker::{self, Surroundings, WorkerHandle, WorkerSettings};
 use crate::workload::{AllocId, Network, NetworkSettings, NodeFile};
 use crate::{lock, metrics};
@@ -39,6 +40,8 @@ use crate::{lock, metrics};
 const CONTROL_THREADS: usize = 2;
 /// How long connections may go on when the agent leaves.
 const LEAVE_DRAIN: Duration = Duration::from_secs(2);
+/// What this agent writes in the data directory itself, beside the state store.
+const FILES: [&str; 4] = ["node.json", "network.json", "worker.json", "direct.json"];
 /// Requests of operators that may wait.
 const ASK_QUEUE: usize = 8;
 
@@ -61,6 +64,7 @@ pub fn run(settings: Settings, again: SettingsSource) -> anyhow::Result<()> {
     lock::take(&data_dir, now())?;
     refuse_emptied_state(&data_dir)?;
     let node_file = NodeFile::load_or_create(&data_dir)?;
+    worker::check_record(&data_dir)?;
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("node").enable_all().build()?;
     let control_runtime = unprivileged_runtime()?;
@@ -115,7 +119,10 @@ fn make_private(data_dir: &Path) -> anyhow::Result<()> {
     use std::os::unix::fs::DirBuilderExt as _;
     // Tasks find their own directories below: others may pass through, not look.
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o711).create(data_dir);
-    made.with_context(|| format!("create the data directory {}", data_dir.display()))
+    made.map_err(|error| {
+        let what = format!("data directory {} cannot be used ({})", data_dir.display(), remedy(&error));
+        anyhow::Error::new(error).context(what)
+    })
 }
 
 async fn serve(
@@ -146,6 +153,8 @@ async fn serve(
     let control = on(control_runtime.handle(), async { Control::start(config, dialer).await }).await?;
     let control = control.context("control plane")?;
     let control = Arc::new(control);
+    // Only now is it certain that no other agent writes there: the state store has its own lock.
+    sweep(&data_dir, |name| FILES.contains(&name));
     info!(http = ?control.http_addrs(), node = node_name, "culvert agent serves");
 
     let network = Arc::new(Network::open(network).await.context("workload network")?);
@@ -174,6 +183,7 @@ async fn serve(
     metrics::register(&hub, &worker, &control);
 
     let records = Records::open(&data_dir)?;
+    records.sweep();
     reconcile(&records, &network, &policy).await;
     let node = Arc::new(NodeServices {
         runtime: Handle::current(),

@@ -19,6 +19,7 @@ use crate::ca::{Authority, ConfigureError, Leaves, OpenError};
 use crate::catalog::{Catalog, Place, RegisterError, Registered, UnknownService};
 use crate::checks::{CheckDialer, Checks};
 use crate::config::{ControlConfig, Reloadable};
+use crate::disk::remedy;
 use crate::http::{Api, BindError, HttpServer, router};
 use crate::intentions::Intentions;
 use crate::mesh::{MeshPublisher, MeshView};
@@ -38,7 +39,7 @@ pub enum StartError {
     #[error("node name {0:?} must not be empty, hold a slash or a control character")]
     NodeName(String),
     /// The data directory.
-    #[error("data directory {path}")]
+    #[error("data directory {path} cannot be used ({})", remedy(source))]
     DataDir {
         /// Which.
         path: PathBuf,

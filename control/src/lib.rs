@@ -11,6 +11,7 @@ pub mod catalog;
 pub mod checks;
 mod config;
 mod control;
+pub mod disk;
 mod http;
 pub mod intentions;
 mod mesh;

@@ -78,7 +78,7 @@ fn a_submission_that_cannot_be_written_leaves_no_trace() {
         records.submit(&record(&old, 0), &before).expect("the version before");
         std::fs::create_dir(directory.path().join(&obstacle)).expect("something in the way");
         let error = records.submit(&record(&new, 1), &after).expect_err("in the way").to_string();
-        assert!(error.starts_with("write "), "{error}");
+        assert!(error.starts_with("cannot write "), "{error}");
         assert_eq!(ids(&records.allocations()), ids(&before), "{obstacle}");
         assert_eq!(records.jobs()[0].job, old, "{obstacle}");
     }

@@ -8,13 +8,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use culvert_control::disk::remedy;
 use culvert_jobspec::{Job, PortBinding};
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use crate::task::{read_json, write_json};
+use crate::task::{read_json, sweep, write_json};
 use crate::workload::AllocId;
 
 /// A submitted job.
@@ -61,7 +62,7 @@ pub struct AllocationRecord {
 
 /// A record that cannot be read or written.
 #[derive(Debug, thiserror::Error)]
-#[error("{what} {}", path.display())]
+#[error("cannot {what} {} ({})", path.display(), remedy(source))]
 pub struct RecordError {
     what: &'static str,
     path: PathBuf,
@@ -88,6 +89,13 @@ impl Records {
             std::fs::create_dir_all(&path).map_err(|source| RecordError { what: "create", path, source })?;
         }
         Ok(Self { data_dir: data_dir.to_owned(), changing: Arc::default() })
+    }
+
+    /// Removes what a predecessor that was killed while it wrote left of records.
+    pub fn sweep(&self) {
+        let named = |is: fn(&str) -> bool| move |file: &str| file.strip_suffix(".json").is_some_and(is);
+        sweep(&self.data_dir.join("jobs"), named(|name| name.bytes().all(|byte| byte.is_ascii_hexdigit())));
+        sweep(&self.data_dir.join("allocations"), named(|name| AllocId::new(name).is_ok()));
     }
 
     /// Every job.

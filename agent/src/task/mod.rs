@@ -24,7 +24,7 @@ mod spec;
 pub use cgroup::{CgroupError, Hierarchies, check_cgroup_parent, children, kill_all, kill_and_remove, remove_if_empty};
 pub use dirs::{AllocDir, DirError, TaskDirs};
 pub use record::{ExitStatus, ProcessIdentity, TaskRecord, find_record};
-pub(crate) use record::{boot_id, read_json, write_json};
+pub(crate) use record::{boot_id, read_json, sweep, write_json};
 pub use restart::{RestartDecision, RestartMode, RestartPolicy, RestartReason, RestartTracker};
 pub use running::{AdoptError, Adoption, ExecutorCommand, RunningTask, StartError, adopt, end_of, start, task_owner};
 pub use spec::{

@@ -9,6 +9,7 @@ use std::time::SystemTime;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
 
 use crate::workload::AllocId;
 
@@ -113,6 +114,9 @@ pub(crate) const EXECUTOR_FILE: &str = "executor.json";
 /// Name of the exit status in the task's directory.
 pub(crate) const EXIT_FILE: &str = "exit.json";
 
+/// End of the name of a file that is being written.
+const UNFINISHED: &str = ".new";
+
 /// Writes `value` so that a reader sees the old file or the whole new one, also after a power cut.
 pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
     let bytes = serde_json::to_vec_pretty(value)?;
@@ -124,7 +128,7 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt as _;
     let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
     let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
-    name.push(".new");
+    name.push(UNFINISHED);
     let temporary = directory.join(name);
     let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
     let replaced = file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&temporary, path));
@@ -134,6 +138,23 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
     }
     replaced?;
     fs::File::open(directory)?.sync_all()
+}
+
+/// Removes what [`write_json`] left in `directory` when it was killed in the middle, of files whose names `ours` knows. Nobody
+/// may write there at the same time.
+pub(crate) fn sweep(directory: &Path, ours: impl Fn(&str) -> bool) {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    // Folders are not what was written, whoever made them.
+    for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file())) {
+        let name = entry.file_name();
+        if name.to_str().and_then(|name| name.strip_suffix(UNFINISHED)).is_some_and(&ours) {
+            let (path, removed) = (entry.path(), fs::remove_file(entry.path()));
+            match removed {
+                Ok(()) => info!(path = %path.display(), "removed a file that was never finished"),
+                Err(error) => warn!(%error, path = %path.display(), "a file that was never finished stays"),
+            }
+        }
+    }
 }
 
 /// Reads what [`write_json`] wrote; `None` when there is no such file.
@@ -184,5 +205,21 @@ mod tests {
         }
         let names: Vec<_> = fs::read_dir(directory.path()).expect("a directory").collect();
         assert_eq!(names.len(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn only_our_unfinished_files_are_swept() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let files = ["a.json", "a.json.new", "b.json.new", "new", ".new", "a.json.new.new"];
+        for name in files {
+            fs::write(directory.path().join(name), "{").expect("a file");
+        }
+        fs::create_dir(directory.path().join("c.json.new")).expect("a folder");
+        sweep(directory.path(), |name| ["a.json", "c.json"].contains(&name));
+        sweep(&directory.path().join("missing"), |_| true);
+        let left = fs::read_dir(directory.path()).expect("a folder").flatten();
+        let mut left: Vec<_> = left.map(|entry| entry.file_name().into_string().expect("text")).collect();
+        left.sort_unstable();
+        assert_eq!(left, [".new", "a.json", "a.json.new.new", "b.json.new", "c.json.new", "new"]);
     }
 }

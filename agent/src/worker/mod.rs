@@ -23,7 +23,7 @@ use culvert_types::ConnectionEvent;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
-pub use process::WorkerSettings;
+pub use process::{WorkerFileError, WorkerSettings, check_record};
 pub use supervisor::Supervisor;
 
 /// Commands that may wait for the supervisor.

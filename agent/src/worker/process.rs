@@ -5,12 +5,15 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use culvert_control::disk::remedy;
 use culvert_proxy::handoff::{ADOPTION_SOCKET, AdoptionListener, ControlSocket};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use crate::task::{ProcessIdentity, end_of};
+use crate::task::{ProcessIdentity, end_of, read_json, write_json};
 
+/// Name of the worker's record in the data directory.
+const FILE: &str = "worker.json";
 /// How long a recorded worker may take to call a new agent. It calls every 100 ms.
 const ADOPT_WITHIN: Duration = Duration::from_secs(3);
 
@@ -145,23 +148,41 @@ async fn await_call(process: &ProcessIdentity) -> io::Result<ControlSocket> {
     }
 }
 
+/// `worker.json` cannot be used, so that no worker could be found again.
+#[derive(Debug, thiserror::Error)]
+#[error("record of the worker {} cannot be used ({})", path.display(), remedy(source))]
+pub struct WorkerFileError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// Sees to it that the worker's record can be read, if there is one: a worker whose record cannot be written is not started.
+///
+/// # Errors
+/// [`WorkerFileError`]. What is in the file does not matter: a worker that is not found drains, and another one is started.
+pub fn check_record(data_dir: &Path) -> Result<(), WorkerFileError> {
+    let path = record_path(data_dir);
+    match std::fs::read(&path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(WorkerFileError { path, source }),
+        _ => Ok(()),
+    }
+}
+
 fn record_path(data_dir: &Path) -> PathBuf {
-    data_dir.join("worker.json")
+    data_dir.join(FILE)
 }
 
 fn recorded(data_dir: &Path) -> Option<ProcessIdentity> {
-    let text = std::fs::read(record_path(data_dir)).ok()?;
-    let record: WorkerRecord = serde_json::from_slice(&text)
-        .inspect_err(|error| warn!(%error, "worker.json is not readable; a running worker will drain"))
-        .ok()?;
-    Some(record.process)
+    let record: Option<WorkerRecord> = read_json(&record_path(data_dir)).unwrap_or_else(|error| {
+        warn!(%error, "worker.json is not readable; a running worker will drain");
+        None
+    });
+    Some(record?.process)
 }
 
 fn write_record(data_dir: &Path, process: &ProcessIdentity) -> io::Result<()> {
-    let text = serde_json::to_vec(&WorkerRecord { process: process.clone() })?;
-    let next = data_dir.join("worker.json.next");
-    std::fs::write(&next, text)?;
-    std::fs::rename(next, record_path(data_dir))
+    write_json(&record_path(data_dir), &WorkerRecord { process: process.clone() })
 }
 
 /// Forgets the worker, after it ended on purpose.

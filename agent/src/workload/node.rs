@@ -5,6 +5,7 @@ use std::net::Ipv6Addr;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
+use culvert_control::disk::remedy;
 use serde::{Deserialize, Serialize};
 
 use crate::task::{read_json, write_json};
@@ -25,11 +26,21 @@ pub struct NodeFile {
 
 /// `node.json` cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("node identity {} (if the file is damaged, remove it: a new identity will be made)", path.display())]
+#[error("node identity {} cannot be used ({})", path.display(), remedy_of_identity(source))]
 pub struct NodeFileError {
     path: PathBuf,
     #[source]
     source: io::Error,
+}
+
+/// Unlike other files, this one can be made anew: others will take the node for another one.
+fn remedy_of_identity(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
+            "it is damaged: restore it from a backup, or remove it and a new identity will be made"
+        }
+        _ => remedy(error),
+    }
 }
 
 impl NodeFile {

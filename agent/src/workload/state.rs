@@ -8,6 +8,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use culvert_control::disk::remedy;
 use serde::{Deserialize, Serialize};
 
 use super::alloc_id::AllocId;
@@ -77,7 +78,7 @@ pub(super) struct State {
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// Reading, understanding or writing it failed.
-    #[error("network records {}", path.display())]
+    #[error("network records {} cannot be used ({})", path.display(), remedy(source))]
     File {
         /// The file.
         path: PathBuf,

@@ -16,6 +16,8 @@ use std::path::PathBuf;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
+use crate::disk::remedy;
+
 pub use self::feed::Watch;
 pub use self::memory::MemoryStore;
 pub use self::redb::{RedbStore, SCHEMA_VERSION};
@@ -233,7 +235,7 @@ pub struct Contents {
     pub rows: Vec<(RowKey, Row)>,
 }
 
-/// Why a transaction was not committed. Nothing of it was done.
+/// Why a transaction was not committed. Nothing of it was done, but for what [`CommitError::Backend`] says.
 #[derive(Debug, thiserror::Error)]
 pub enum CommitError {
     /// A guard did not hold: someone else changed the row first.
@@ -253,7 +255,8 @@ pub enum CommitError {
         /// Its length.
         length: usize,
     },
-    /// The backend failed: disk full, I/O error, lost connection.
+    /// The backend failed: disk full, I/O error, lost connection. If it failed at the very end, the transaction may have been
+    /// done all the same; watchers see it then.
     #[error("the state store failed to commit")]
     Backend(#[source] BackendError),
 }
@@ -262,7 +265,7 @@ pub enum CommitError {
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The file or its directory.
-    #[error("state store {path}")]
+    #[error("state store {path} cannot be used ({})", remedy(source))]
     File {
         /// Which.
         path: PathBuf,
@@ -288,7 +291,10 @@ pub enum StoreError {
         found: u64,
     },
     /// Not a store of ours, or damaged.
-    #[error("state store {path} is not readable: {what}")]
+    #[error(
+        "state store {path} is not readable: {what} (restore it from a backup, or remove it to begin a new mesh without the \
+         intentions and certificates of the old one)"
+    )]
     Damaged {
         /// Which.
         path: PathBuf,

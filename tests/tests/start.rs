@@ -1,0 +1,116 @@
+//! What an agent finds in its data directory. What keeps it from starting is said so that somebody can act: what is wrong, where,
+//! and what to do. What a predecessor left unfinished goes.
+
+use std::fs;
+use std::os::unix::fs::chown;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use culvert_tests::{DATA_DIR, Node, NodeOptions, World, binary, eventually};
+
+/// Below it are the data directories of this test.
+const FOLDER: &str = "/run/start";
+
+/// What an agent with this data directory says before it ends, for it does not start.
+fn refusal(world: &World, data_dir: &str) -> String {
+    let log = format!("{FOLDER}/log");
+    let file = fs::File::create(&log).expect("a log");
+    let mut command = Command::new(binary("culvert"));
+    command.args([
+        "agent",
+        "-server",
+        "-bind",
+        "127.0.0.1",
+        "-data-dir",
+        data_dir,
+        "-cgroup-parent",
+        &world.cgroup_parent(),
+    ]);
+    let mut agent = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file).spawn().expect("start the agent");
+    let mut status = None;
+    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        eventually("the agent ends", || {
+            status = agent.try_wait().expect("look after the agent");
+            status.is_some()
+        });
+    }));
+    let said = fs::read_to_string(&log).expect("its log");
+    if ended.is_err() {
+        drop(Command::new(binary("culvert")).arg("leave").output());
+        drop(agent.kill());
+        drop(agent.wait());
+        panic!("the agent started on {data_dir}: {said}");
+    }
+    assert!(!status.expect("ended").success(), "{said}");
+    said
+}
+
+#[test]
+fn an_agent_that_cannot_use_its_files_says_which_and_what_to_do() {
+    let world = World::new("start");
+    let folder = |name: &str| {
+        let folder = format!("{FOLDER}/{name}");
+        fs::create_dir_all(&folder).expect("a folder");
+        folder
+    };
+    let says = |data_dir: &str, file: &str, remedy: &str| {
+        let said = refusal(&world, data_dir);
+        let line = said.lines().find(|line| line.contains(&format!("{data_dir}{file} cannot be used (")));
+        assert!(line.is_some_and(|line| line.contains(remedy)), "{remedy:?} is not said of {data_dir}{file}: {said}");
+    };
+
+    let alien = folder("alien");
+    fs::write(format!("{alien}/state.redb"), "").expect("a file");
+    fs::set_permissions(format!("{alien}/state.redb"), std::os::unix::fs::PermissionsExt::from_mode(0o600))
+        .expect("a mode");
+    chown(format!("{alien}/state.redb"), Some(65534), Some(65534)).expect("an owner");
+    says(&alien, "/state.redb", "it and its folder have to belong to root");
+
+    for file in ["state.redb", "node.json", "network.json", "worker.json"] {
+        let directory = folder(&format!("directory-{file}"));
+        fs::create_dir(format!("{directory}/{file}")).expect("a folder");
+        says(&directory, &format!("/{file}"), "a folder is where a file belongs: move it away");
+    }
+    for file in ["network.json", "node.json"] {
+        let damaged = folder(&format!("damaged-{file}"));
+        fs::write(format!("{damaged}/{file}"), "{").expect("a file");
+        says(&damaged, &format!("/{file}"), "it is damaged: restore it from a backup");
+    }
+    let damaged = folder("damaged");
+    fs::write(format!("{damaged}/state.redb"), "not redb at all").expect("a file");
+    let said = refusal(&world, &damaged);
+    assert!(said.contains("/state.redb is not readable: ") && said.contains("restore it from a backup"), "{said}");
+
+    let occupied = folder("occupied");
+    fs::write(format!("{occupied}/data"), "").expect("a file");
+    says(&format!("{occupied}/data"), "", "a file is where a folder belongs: move it away");
+
+    let fixed = folder("read-only");
+    world.run("mount", &["-t", "tmpfs", "tmpfs", &fixed]);
+    fs::write(format!("{fixed}/node.json"), fs::read(format!("{alien}/node.json")).expect("made")).expect("written");
+    world.run("mount", &["-o", "remount,ro", &fixed]);
+    says(&fixed, "/state.redb", "its file system is read-only: mount it writable, or set another data_dir");
+    assert!(!Path::new("/sys/fs/bpf/culvert").exists(), "who does not start leaves nothing");
+}
+
+#[test]
+fn what_was_being_written_when_an_agent_was_killed_is_gone_after_the_next_start() {
+    let world = World::new("unfinished");
+    let mut node = Node::start(&world, NodeOptions { server: true, ..NodeOptions::default() });
+    node.kill();
+    let id = "b6d4f8c2-0000-4000-8000-00000000002a";
+    let ours = ["node.json.new", "network.json.new", "worker.json.new", "direct.json.new", "jobs/776562.json.new"]
+        .map(str::to_owned)
+        .into_iter()
+        .chain([format!("allocations/{id}.json.new")]);
+    let ours: Vec<String> = ours.map(|name| format!("{DATA_DIR}/{name}")).collect();
+    let others = ["notes.json.new", "jobs/notes.json.new", "allocations/notes.new"];
+    let others = others.map(|name| format!("{DATA_DIR}/{name}"));
+    for path in ours.iter().chain(&others) {
+        fs::write(path, "{").expect("a file");
+    }
+    node.spawn();
+    eventually("what was left is gone", || !ours.iter().any(|path| Path::new(path).exists()));
+    assert!(others.iter().all(|path| Path::new(path).exists()), "files of others stay");
+    node.leave();
+}
