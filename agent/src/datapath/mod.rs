@@ -256,6 +256,7 @@ impl Datapath {
     pub fn remove_all(mut self) -> Result<(), AttachError> {
         let detached = self.retain(&[]);
         let removed = self.finish_takeover().and_then(|()| self.generation.remove());
+        let removed = removed.and_then(|()| pins::remove_directory_if_empty(self.generation.bpf_dir()));
         detached?;
         removed.map_err(|source| AttachError::Step { workload: 0, step: "remove pins", source })
     }
@@ -268,7 +269,8 @@ impl Datapath {
         if !bpf_dir.exists() {
             return Ok(());
         }
-        Generation::list(bpf_dir)?.iter().try_for_each(Generation::remove)
+        Generation::list(bpf_dir)?.iter().try_for_each(Generation::remove)?;
+        pins::remove_directory_if_empty(bpf_dir)
     }
 
     /// Events that were left out since [`Self::load`] because nobody took them in time, in the kernel or here.

@@ -86,6 +86,11 @@ impl Generation {
         Ok((current, found))
     }
 
+    /// Where all generations are.
+    pub(super) fn bpf_dir(&self) -> &Path {
+        self.directory.parent().unwrap_or(&self.directory)
+    }
+
     /// Where the map `name` is pinned.
     pub(super) fn map(&self, name: &str) -> PathBuf {
         self.directory.join("maps").join(name)
@@ -169,6 +174,14 @@ impl Generation {
     }
 }
 
+/// Removes `bpf_dir` itself unless something is in it, or it is a mount.
+pub(super) fn remove_directory_if_empty(bpf_dir: &Path) -> io::Result<()> {
+    match fs::remove_dir(bpf_dir) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy) => Ok(()),
+        other => absent_is_fine(other),
+    }
+}
+
 /// Reads `v<layout>-<number>`.
 fn parse_name(name: &str) -> Option<(u32, u64)> {
     let (layout, number) = name.strip_prefix('v')?.split_once('-')?;
@@ -207,6 +220,18 @@ mod tests {
         let (fresh, old) = Generation::choose(directory.path(), 9).expect("readable");
         assert_eq!(fresh.directory, directory.path().join("v9-5"));
         assert_eq!(old.len(), 4);
+    }
+
+    #[test]
+    fn the_directory_goes_when_it_is_empty() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let bpf_dir = directory.path().join("culvert");
+        fs::create_dir_all(bpf_dir.join("other")).expect("a directory");
+        remove_directory_if_empty(&bpf_dir).expect("something of others is in it");
+        fs::remove_dir(bpf_dir.join("other")).expect("a directory");
+        remove_directory_if_empty(&bpf_dir).expect("removed");
+        assert!(!bpf_dir.exists());
+        remove_directory_if_empty(&bpf_dir).expect("nothing to do");
     }
 
     #[test]
