@@ -344,7 +344,9 @@ impl Allocation {
         let mut services: BTreeSet<String> = self.node.left_in_catalog(&self.id).into_iter().collect();
         services.extend(self.view.borrow().services.iter().map(|service| service.service_id.clone()));
         for service in services {
-            self.node.deregister(&service).await;
+            if let Err(error) = self.node.deregister(&service).await {
+                warn!(alloc = %self.id, service, error = chain(&error), "a service stays in the catalog for now");
+            }
         }
     }
 
@@ -355,8 +357,12 @@ impl Allocation {
             kill_and_remove(&Hierarchies::find()?, &cgroup)?;
             Ok(dir.destroy()?)
         };
-        // The directory first: the network's records may need the room that it takes.
+        // The directory first: what is written down next may need the room that it takes.
         let demolished = tokio::task::spawn_blocking(demolish).await.map_err(RunError::Aborted)?;
+        // Those that could not be deregistered on the way down: before their address is somebody else's.
+        for service in self.node.left_in_catalog(&self.id) {
+            self.node.deregister(&service).await?;
+        }
         self.node.network.remove(&self.id).await?;
         demolished?;
         Ok(self.node.records.remove_allocation(&self.id)?)

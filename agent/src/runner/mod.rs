@@ -132,6 +132,7 @@ impl Runner {
     fn begin_stop(&self, id: &str, purge: bool) -> Result<(Vec<String>, Vec<CancellationToken>), SubmitError> {
         let _one_at_a_time = self.leaving.lock();
         let mut record = self.job(id).ok_or_else(|| SubmitError::UnknownJob(id.to_owned()))?;
+        self.remove_leftovers(|allocation| allocation.job.id == id);
         let running: Vec<String> =
             self.views().into_iter().filter(|view| view.record.job.id == id).map(|view| view.record.id).collect();
         record.stopped = true;
@@ -148,11 +149,21 @@ impl Runner {
         Ok((running, endings))
     }
 
+    /// Begins anew to remove allocations that could not be removed when they were stopped: on a full disk, say.
+    fn remove_leftovers(&self, of: impl Fn(&AllocationRecord) -> bool) {
+        for record in self.node.records.allocations().into_iter().filter(of) {
+            if !self.live.lock().contains_key(&record.id) {
+                self.launch(AllocationRecord { stopping: true, ..record }, Vec::new());
+            }
+        }
+    }
+
     /// Stops everything on this node; returns when everything is gone, with the allocations of which something is left.
     pub async fn stop_all(&self) -> Vec<String> {
         let endings = {
             let mut leaving = self.leaving.lock();
             *leaving = true;
+            self.remove_leftovers(|_| true);
             let all: Vec<String> = self.live.lock().keys().cloned().collect();
             all.iter().for_each(|id| self.stop_allocation(id));
             self.endings(&all)

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use culvert_api::ServiceRegistration;
-use culvert_control::{Control, RegisterError};
+use culvert_control::{Control, RegisterError, UnknownService};
 use culvert_jobspec::{EnvironmentError, NodeContext, TemplateError};
 use culvert_types::HealthStatus;
 use serde_json::Value;
@@ -141,9 +141,17 @@ impl NodeServices {
     }
 
     /// Takes a service and its sidecar out of the catalog.
-    pub(super) async fn deregister(&self, service_id: &str) {
-        if let Err(error) = self.control.deregister_service(service_id).await {
-            debug!(service_id, error = chain(&error), "the service was out of the catalog already");
+    ///
+    /// # Errors
+    /// [`RunError::Catalog`] when that cannot be stored.
+    pub(super) async fn deregister(&self, service_id: &str) -> Result<(), RunError> {
+        match self.control.deregister_service(service_id).await {
+            Err(error @ UnknownService::Update(_)) => Err(RunError::Catalog { reason: chain(&error), lasting: false }),
+            Err(UnknownService::Unknown(_)) => {
+                debug!(service_id, "the service was out of the catalog already");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
         }
     }
 }

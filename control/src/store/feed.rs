@@ -47,6 +47,11 @@ impl Feed {
         self.latest.send_replace(revision);
     }
 
+    /// The last one that was published.
+    pub(super) fn latest(&self) -> Revision {
+        *self.latest.borrow()
+    }
+
     /// Commits after `after`.
     pub(super) fn watch(&self, after: Revision) -> Watch {
         Watch { shared: Arc::clone(&self.shared), latest: self.latest.subscribe(), position: after }

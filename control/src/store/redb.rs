@@ -13,7 +13,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use redb::{Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, StorageError, TableDefinition};
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::feed::{Feed, Watch};
 use super::{
@@ -38,10 +38,17 @@ pub struct RedbStore {
 
 struct Inner {
     path: PathBuf,
-    database: Database,
     feed: Feed,
     /// Held over commit and publish, so that watchers see commits in order.
-    order: Mutex<()>,
+    disk: Mutex<Disk>,
+}
+
+/// The file. redb refuses all work after an I/O error, of a full disk say: the file has to be closed and opened again.
+struct Disk {
+    /// `None` after an error, until it could be opened again.
+    database: Option<Database>,
+    /// What failed at the very end: whether the file has it, shows when it is open again.
+    doubtful: Option<Commit>,
 }
 
 impl RedbStore {
@@ -50,26 +57,30 @@ impl RedbStore {
     /// # Errors
     /// [`StoreError`]: not accessible, in use, damaged, or of a newer layout.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .and_then(make_private)
-            .map_err(|source| StoreError::File { path: path.to_owned(), source })?;
-        let database = Database::builder().set_cache_size(CACHE).create_file(file).map_err(|err| match err {
-            DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
-            DatabaseError::Storage(StorageError::Io(source)) if source.kind() != io::ErrorKind::InvalidData => {
-                StoreError::File { path: path.to_owned(), source }
-            }
-            other => StoreError::Damaged { path: path.to_owned(), what: other.to_string() },
-        })?;
-        let revision = prepare(&database, path)?;
-        let inner = Inner { path: path.to_owned(), database, feed: Feed::new(revision), order: Mutex::new(()) };
-        Ok(Self { inner: Arc::new(inner) })
+        let (database, revision) = open(path, true)?;
+        let disk = Mutex::new(Disk { database: Some(database), doubtful: None });
+        Ok(Self { inner: Arc::new(Inner { path: path.to_owned(), feed: Feed::new(revision), disk }) })
     }
+}
+
+/// Opens the file, with its last revision. One that is missing or empty is made when it may be `new`.
+fn open(path: &Path, new: bool) -> Result<(Database, Revision), StoreError> {
+    let failed = |source| StoreError::File { path: path.to_owned(), source };
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(new).truncate(false).mode(0o600);
+    let file = options.open(path).and_then(make_private).map_err(failed)?;
+    if !new && file.metadata().map_err(failed)?.len() == 0 {
+        return Err(StoreError::Damaged { path: path.to_owned(), what: "it is empty".to_owned() });
+    }
+    let database = Database::builder().set_cache_size(CACHE).create_file(file).map_err(|err| match err {
+        DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
+        DatabaseError::Storage(StorageError::Io(source)) if source.kind() != io::ErrorKind::InvalidData => {
+            StoreError::File { path: path.to_owned(), source }
+        }
+        other => StoreError::Damaged { path: path.to_owned(), what: other.to_string() },
+    })?;
+    let revision = prepare(&database, path)?;
+    Ok((database, revision))
 }
 
 /// The mode at creation says nothing of a file that was there: restored from a backup, say. Keys are in it.
@@ -122,66 +133,53 @@ fn prepare(database: &Database, path: &Path) -> Result<Revision, StoreError> {
 impl Inner {
     fn commit(&self, transaction: Transaction) -> Result<Revision, CommitError> {
         transaction.check()?;
-        let _order = self.order.lock();
-        let (revision, changes) = match self.write(transaction) {
-            Ok(written) => written,
+        let mut disk = self.disk.lock();
+        let failed = match write(self.database(&mut disk).map_err(|err| CommitError::Backend(err.into()))?, transaction)
+        {
+            Ok(commit) => {
+                let revision = commit.revision;
+                self.feed.publish(commit);
+                return Ok(revision);
+            }
             Err(WriteError::Conflict(key)) => return Err(CommitError::Conflict(key)),
-            Err(WriteError::Backend(err)) => return Err(CommitError::Backend(err)),
+            Err(WriteError::Backend(err)) => err,
+            Err(WriteError::Doubtful(commit, err)) => {
+                disk.doubtful = Some(commit);
+                err
+            }
         };
-        self.feed.publish(Commit { revision, changes });
-        Ok(revision)
+        disk.database = None;
+        if let Err(err) = self.database(&mut disk) {
+            warn!(%err, "the state store is closed until it can be opened again");
+        }
+        Err(CommitError::Backend(failed))
     }
 
-    /// One redb transaction; dropped (and so rolled back) on any error.
-    fn write(&self, transaction: Transaction) -> Result<(Revision, Vec<Change>), WriteError> {
-        let write = self.database.begin_write()?;
-        let mut changes = Vec::with_capacity(transaction.operations.len());
-        let revision = {
-            let mut rows = write.open_table(ROWS)?;
-            for guard in &transaction.guards {
-                let RowKey { table, key } = guard.key();
-                let stored = rows.get((table.as_str(), key.as_str()))?;
-                let stored = stored.map(|bytes| decode(bytes.value())).transpose().map_err(WriteError::Backend)?;
-                let modified = stored.map(|row| row.modified);
-                if !guard.holds(modified) {
-                    return Err(WriteError::Conflict(guard.key().clone()));
-                }
+    /// The open file; opens it again after an error. What the file then has more than was told, is told.
+    fn database<'a>(&self, disk: &'a mut Disk) -> Result<&'a Database, StoreError> {
+        if disk.database.is_none() {
+            let (database, revision) = open(&self.path, false)?;
+            if let Some(commit) = disk.doubtful.take_if(|commit| commit.revision == revision) {
+                self.feed.publish(commit);
             }
-            let mut meta = write.open_table(META)?;
-            let last = meta.get("revision")?.map_or(0, |value| value.value());
-            let revision = Revision(last + 1);
-            meta.insert("revision", revision.0)?;
-            for operation in transaction.operations {
-                match operation {
-                    Operation::Put(key, value) => {
-                        let at = (key.table.as_str(), key.key.as_str());
-                        let stored = rows.get(at)?.map(|bytes| decode(bytes.value()));
-                        let stored = stored.transpose().map_err(WriteError::Backend)?;
-                        let created = stored.map_or(revision, |row| row.created);
-                        let row = Row { value, created, modified: revision };
-                        rows.insert(at, encode(&row).as_slice())?;
-                        changes.push(Change { key, row: Some(row) });
-                    }
-                    Operation::Delete(key) => {
-                        if rows.remove((key.table.as_str(), key.key.as_str()))?.is_some() {
-                            changes.push(Change { key, row: None });
-                        }
-                    }
-                }
+            if revision != self.feed.latest() {
+                let what = format!("it is at revision {} instead of {}", revision.0, self.feed.latest().0);
+                return Err(StoreError::Damaged { path: self.path.clone(), what });
             }
-            revision
-        };
-        // redb's default durability: the data is on disk (fdatasync) when this returns.
-        write.commit()?;
-        Ok((revision, changes))
+            info!(path = %self.path.display(), "opened the state store again after an error");
+            (disk.database, disk.doubtful) = (Some(database), None);
+        }
+        Ok(disk.database.as_ref().expect("just opened"))
     }
 
     fn load(&self) -> Result<Contents, StoreError> {
-        self.read().map_err(StoreError::Backend)
+        let mut disk = self.disk.lock();
+        let database = self.database(&mut disk)?;
+        self.read(database).map_err(StoreError::Backend)
     }
 
-    fn read(&self) -> Result<Contents, BackendError> {
-        let read = self.database.begin_read()?;
+    fn read(&self, database: &Database) -> Result<Contents, BackendError> {
+        let read = database.begin_read()?;
         let revision = read.open_table(META)?.get("revision")?.map_or(0, |value| value.value());
         let mut rows = Vec::new();
         for entry in read.open_table(ROWS)?.iter()? {
@@ -195,10 +193,60 @@ impl Inner {
     }
 }
 
+/// One redb transaction; dropped (and so rolled back) on any error.
+fn write(database: &Database, transaction: Transaction) -> Result<Commit, WriteError> {
+    let write = database.begin_write()?;
+    let mut changes = Vec::with_capacity(transaction.operations.len());
+    let revision = {
+        let mut rows = write.open_table(ROWS)?;
+        for guard in &transaction.guards {
+            let RowKey { table, key } = guard.key();
+            let stored = rows.get((table.as_str(), key.as_str()))?;
+            let stored = stored.map(|bytes| decode(bytes.value())).transpose().map_err(WriteError::Backend)?;
+            let modified = stored.map(|row| row.modified);
+            if !guard.holds(modified) {
+                return Err(WriteError::Conflict(guard.key().clone()));
+            }
+        }
+        let mut meta = write.open_table(META)?;
+        let last = meta.get("revision")?.map_or(0, |value| value.value());
+        let revision = Revision(last + 1);
+        meta.insert("revision", revision.0)?;
+        for operation in transaction.operations {
+            match operation {
+                Operation::Put(key, value) => {
+                    let at = (key.table.as_str(), key.key.as_str());
+                    let stored = rows.get(at)?.map(|bytes| decode(bytes.value()));
+                    let stored = stored.transpose().map_err(WriteError::Backend)?;
+                    let created = stored.map_or(revision, |row| row.created);
+                    let row = Row { value, created, modified: revision };
+                    rows.insert(at, encode(&row).as_slice())?;
+                    changes.push(Change { key, row: Some(row) });
+                }
+                Operation::Delete(key) => {
+                    if rows.remove((key.table.as_str(), key.key.as_str()))?.is_some() {
+                        changes.push(Change { key, row: None });
+                    }
+                }
+            }
+        }
+        revision
+    };
+    // redb's default durability: the data is on disk (fdatasync) when this returns.
+    let commit = Commit { revision, changes };
+    match write.commit() {
+        Ok(()) => Ok(commit),
+        Err(err) => Err(WriteError::Doubtful(commit, Box::new(redb::Error::from(err)))),
+    }
+}
+
 /// A conflict, or anything that redb reports.
 enum WriteError {
     Conflict(RowKey),
+    /// Nothing was done.
     Backend(BackendError),
+    /// While it was made durable.
+    Doubtful(Commit, BackendError),
 }
 
 impl<E: Into<redb::Error>> From<E> for WriteError {

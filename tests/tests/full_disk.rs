@@ -1,0 +1,105 @@
+//! A disk that is full: what is stopped stops, whoever asks learns why it is not written down, and once there is room again
+//! everything goes its way.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write as _};
+
+use culvert_tests::{API, DATA_DIR, Node, NodeOptions, Process, World, eventually, put};
+
+/// Takes all the room that is left below the data directory, and gives it back when dropped.
+struct Filler {
+    path: String,
+}
+
+impl Filler {
+    fn new() -> Self {
+        let path = format!("{DATA_DIR}/filler");
+        let mut file = File::create(&path).expect("a file");
+        let block = [0; 4096];
+        loop {
+            match file.write(&block) {
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::StorageFull => return Self { path },
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
+
+impl Drop for Filler {
+    fn drop(&mut self) {
+        fs::remove_file(&self.path).expect("room again");
+    }
+}
+
+fn tasks(node: &Node) -> Vec<Process> {
+    let tasks: Vec<Process> = node.tasks().into_iter().filter_map(Process::of).collect();
+    assert_eq!(tasks.len(), 3, "the job runs");
+    tasks
+}
+
+/// On the full disk: the command fails and says why, and the tasks end all the same.
+fn stop_in_vain(node: &Node) {
+    let tasks = tasks(node);
+    let refused = node.try_culvert(&["job", "stop", "pair"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("the disk is full: make room on it"), "{said}");
+    eventually("the tasks end", || !tasks.iter().any(Process::lives));
+}
+
+fn intention(number: u32) -> anyhow::Result<String> {
+    let path = format!("/v1/connect/intentions/exact?source=source-{number}&destination=called");
+    put(API, &path, r#"{"SourceType": "consul", "Action": "allow"}"#)
+}
+
+/// Until the file of the state store would have to grow.
+fn intentions_until_refused(node: &Node) {
+    let refused = (1..5_000).find_map(|number| intention(number).err()).expect("the disk is full");
+    assert!(refused.to_string().contains("500"), "{refused}");
+    eventually("the log says why", || node.log().contains("No space left on device"));
+}
+
+/// With room again.
+fn stops(node: &Node) {
+    node.culvert(&["job", "stop", "pair"]);
+    let job = node.api("/v1/culvert/job/pair");
+    assert!(job["Status"] == "dead" && job["Allocations"].as_array().is_some_and(Vec::is_empty), "{job}");
+    eventually("nothing of the job is in the catalog", || {
+        node.api("/v1/agent/services").as_object().is_some_and(serde_json::Map::is_empty)
+    });
+}
+
+#[test]
+fn a_job_is_stopped_on_a_full_disk_and_forgotten_when_there_is_room() {
+    let world = World::new("fulldisk");
+    fs::create_dir_all(DATA_DIR).expect("a folder");
+    world.run("mount", &["-t", "tmpfs", "-o", "size=24m,mode=0711", "tmpfs", DATA_DIR]);
+    let mut node = Node::start(&world, NodeOptions { server: true, ..NodeOptions::default() });
+    drop(node.run_pair(""));
+    let people = node.people();
+
+    // As long as that: the agent gives up.
+    let filler = Filler::new();
+    intentions_until_refused(&node);
+    stop_in_vain(&node);
+    eventually("the agent has given up", || {
+        node.api("/v1/culvert/job/pair")["Allocations"].as_array().is_some_and(Vec::is_empty)
+    });
+    drop(filler);
+    stops(&node);
+    intention(0).expect("the state store takes changes again");
+
+    drop(node.run_pair(""));
+    let filler = Filler::new();
+    stop_in_vain(&node);
+    node.kill();
+    drop(filler);
+    node.spawn();
+    stops(&node);
+    node.leave();
+    let left = ["alloc", "allocations", "jobs"]
+        .map(|folder| fs::read_dir(format!("{DATA_DIR}/{folder}")).into_iter().flatten().count());
+    assert_eq!(left, [0; 3], "in alloc, allocations and jobs");
+    world.run("umount", &[DATA_DIR]);
+    world.assert_nothing_left(&people);
+}
