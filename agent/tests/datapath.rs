@@ -5,6 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd as _;
 use std::time::{Duration, SystemTime};
 
 use common::{
@@ -12,7 +13,7 @@ use common::{
     upstream6,
 };
 use culvert_agent::datapath::{KernelEvent, PortKind};
-use culvert_ebpf_common::{PortKey, PortRule, map};
+use culvert_ebpf_common::{FAMILY_V4, ListenerKey, PortKey, PortRule, map};
 use nix::sys::socket::{MsgFlags, SockaddrIn, sendto};
 use socket2::{Domain, Socket, Type};
 
@@ -278,10 +279,7 @@ fn a_full_table_keeps_nothing_from_being_brought_up_to_date() {
 fn a_workload_cannot_fill_the_table_of_listeners() {
     let Some(mut pair) = Pair::new("listeners") else { return };
     let known = |pair: &Pair| {
-        let pin = common::generations(&pair.world).pop().expect("a generation").join("maps").join(map::LISTENERS);
-        let map = aya::maps::Map::SockHash(aya::maps::MapData::from_pin(pin).expect("a pinned map"));
-        let map: aya::maps::SockHash<_, culvert_ebpf_common::ListenerKey> = map.try_into().expect("its type");
-        let ports: Vec<u16> = map.keys().map(|key| key.expect("a key").port).collect();
+        let ports: Vec<u16> = common::listeners(&pair.world).keys().map(|key| key.expect("a key").port).collect();
         ports
     };
     let _any = pair.b.run(|| [(); 50].map(|()| TcpListener::bind("0.0.0.0:0").expect("a port")));
@@ -294,6 +292,30 @@ fn a_workload_cannot_fill_the_table_of_listeners() {
     let mut ports = known(&pair);
     ports.sort_unstable();
     assert_eq!(ports, [APP, 9002]);
+}
+
+#[test]
+fn who_finds_the_table_of_listeners_full_is_reached_through_the_proxy() {
+    let Some(pair) = Pair::new("listenersfull") else { return };
+    let _proxy = pair.proxy();
+    let mut listeners = common::listeners(&pair.world);
+    // One socket may stand under any number of keys; those of workloads that there are not are nobody's way.
+    let other = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let key = |number: u32| ListenerKey { workload: 1_000 + number, port: 1, family: FAMILY_V4, slot: 0 };
+    let held = (0..1 << 20).take_while(|number| listeners.insert(key(*number), other.as_raw_fd(), 0).is_ok()).count();
+    assert_eq!(held, 65_536, "full");
+
+    let server = pair.b.serve("0.0.0.0:9001", "b");
+    let way = || greeting(&mut pair.a.connect(upstream4()).expect("the proxy answers"));
+    for _ in 0..20 {
+        assert_eq!(way(), "proxy");
+    }
+    let refused = pair.a.connect((pair.b.addr4, APP)).expect_err("the application is guarded all the same");
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    assert_eq!(server.accepted(), 0);
+    // Room again: the agent finds who was left out.
+    drop(other);
+    eventually("the direct path", || way() == "b");
 }
 
 #[test]

@@ -4,15 +4,18 @@ mod common;
 
 use std::io::{ErrorKind, Read as _};
 use std::net::{TcpStream, UdpSocket};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use common::{APP, PATIENCE, TestWorkload, UPSTREAM, World, echo, eventually, greeting, upstream4};
+use aya::maps::MapData;
+use common::{APP, PATIENCE, TestWorkload, UPSTREAM, World, echo, eventually, generations, greeting, upstream4};
 use culvert_agent::events::EventHub;
 use culvert_agent::policy::{Attachment, PolicyEngine, relay};
 use culvert_agent::workload::{MacAddress, Workload};
 use culvert_control::store::Revision;
 use culvert_control::{MeshInstance, MeshUpstream, MeshView};
+use culvert_ebpf_common::map;
 use culvert_types::{
     Action, ConnectionEvent, ConnectionKind, Datacenter, Encryption, HealthStatus, Intention, RefusalReason,
     ServiceName, TrustDomain, Verdict,
@@ -277,6 +280,40 @@ fn what_could_not_be_put_in_force_is_tried_again_soon() {
     std::fs::create_dir(&path).expect("a directory");
     // Without another change; the engine looks again by itself only once a minute.
     eventually("direct", || node.way(UPSTREAM) == "api");
+}
+
+/// Lets nobody but kernel programs write into the table `name` any more (`BPF_MAP_FREEZE`).
+fn freeze(world: &World, name: &str) {
+    const BPF_MAP_FREEZE: i32 = 22;
+    let pin = generations(world).pop().expect("a generation").join("maps").join(name);
+    let table = MapData::from_pin(pin).expect("a pinned map");
+    let attributes = [table.fd().as_fd().as_raw_fd(), 0];
+    // SAFETY: the attributes are eight bytes, as the call is told, and begin with the descriptor, which `table` keeps open.
+    let frozen = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_FREEZE, attributes.as_ptr(), size_of_val(&attributes)) };
+    assert_eq!(frozen, 0, "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn what_a_table_that_cannot_be_written_lets_through_is_ended_again_and_again() {
+    let Some(node) = Node::new("policyfrozen") else { return };
+    let _api = node.workload(2).serve("0.0.0.0:9001", "api");
+    let mut before = node.connect(UPSTREAM);
+    freeze(&node.world, map::UPSTREAM);
+    node.mesh.send_replace(view(instances(), &[("web", "api")]));
+    assert!(is_cut(&mut before));
+    // The route is still there, so that connections begin; none lasts.
+    for _ in 0..3 {
+        let error = match node.workload(1).connect(upstream4()) {
+            Ok(mut later) => loop {
+                match later.read(&mut [0; 16]) {
+                    Ok(length) => assert!(length > 0, "it is not ended by the application"),
+                    Err(error) => break error,
+                }
+            },
+            Err(error) => error, // so soon
+        };
+        assert!(matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::ConnectionReset), "{error}");
+    }
 }
 
 #[test]

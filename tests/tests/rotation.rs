@@ -1,12 +1,20 @@
-//! The root is replaced under traffic, and every leaf by it, on both paths at once: no byte and no connection is lost.
+//! The root is replaced under traffic, and every leaf by it or by its age, on both paths at once: no byte and no connection is lost.
 
-use std::sync::Mutex;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use culvert_tests::{App, Apps, Node, NodeOptions, World, calls, echo, eventually, group, is_direct, service, wants};
+use culvert_control::ca::{Authority, CaSettings, Clock};
+use culvert_control::state::Ledger;
+use culvert_control::store::RedbStore;
+use culvert_tests::{
+    App, Apps, DATA_DIR, Node, NodeOptions, Server, World, calls, echo, eventually, group, is_direct, service, wants,
+};
+use culvert_types::Datacenter;
 use serde_json::Value;
+use tokio_util::sync::CancellationToken;
 
 /// What is waited for comes by the clock, also on a slow machine: leaves are renewed within half a minute.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -119,44 +127,107 @@ impl Drop for StopOnDrop<'_> {
     }
 }
 
+/// The three services, and somebody who calls two of them.
+struct Cluster {
+    caller: App,
+    _servers: [Server; 2],
+    _apps: Apps,
+}
+
+impl Cluster {
+    fn start(world: &World) -> (Node, Self) {
+        let settings = "default_intention_policy = \"allow\"".to_owned();
+        let options = NodeOptions { server: true, encryption: "between-nodes", settings, ..NodeOptions::default() };
+        let node = Node::start(world, options);
+        let apps = Apps::join(world);
+        let groups = [
+            group("called", 9001, ""),
+            group("sealed", 9001, &wants("always")),
+            group("caller", 9002, &(calls("called", 8080) + &calls("sealed", 8081))),
+        ];
+        node.run_job("rotation", &format!("job \"rotation\" {{\n{}\n}}\n", groups.concat()));
+        let [called, sealed, caller] = ["called", "sealed", "caller"].map(|group| App::of(&node, "rotation", group));
+        let servers = [called.serve(&service()), sealed.serve(&service())];
+        for target in &TARGETS {
+            eventually("the path is there", || {
+                caller.greeted(target.address()).is_ok_and(|stream| is_direct(&stream) == target.direct)
+            });
+        }
+        (node, Self { caller, _servers: servers, _apps: apps })
+    }
+
+    /// Does `work` while connections last, and come and go; none may fail.
+    fn under_traffic(&self, node: &Node, work: impl FnOnce(&Traffic)) {
+        let traffic = Traffic::default();
+        thread::scope(|scope| {
+            let stop = StopOnDrop(&traffic);
+            for target in &TARGETS {
+                for _ in 0..2 {
+                    scope.spawn(|| traffic.last(&self.caller, target));
+                }
+                scope.spawn(|| traffic.come_and_go(&self.caller, target));
+            }
+            work(&traffic);
+            drop(stop);
+        });
+        let failures = traffic.failures.into_inner().expect("no panic");
+        assert!(failures.is_empty(), "{failures:#?}\n{}", node.log());
+    }
+}
+
 #[test]
 fn roots_and_their_leaves_rotate_under_traffic_on_both_paths() {
     let world = World::new("rotation");
-    let settings = "default_intention_policy = \"allow\"".to_owned();
-    let options = NodeOptions { server: true, encryption: "between-nodes", settings, ..NodeOptions::default() };
-    let mut node = Node::start(&world, options);
-    let apps = Apps::join(&world);
-    let groups = [
-        group("called", 9001, ""),
-        group("sealed", 9001, &wants("always")),
-        group("caller", 9002, &(calls("called", 8080) + &calls("sealed", 8081))),
-    ];
-    node.run_job("rotation", &format!("job \"rotation\" {{\n{}\n}}\n", groups.concat()));
-    let [called, sealed, caller] = ["called", "sealed", "caller"].map(|group| App::of(&node, "rotation", group));
-    let servers = [called.serve(&service()), sealed.serve(&service())];
-    for target in &TARGETS {
-        eventually("the path is there", || {
-            caller.greeted(target.address()).is_ok_and(|stream| is_direct(&stream) == target.direct)
-        });
-    }
-
-    let traffic = Traffic::default();
-    thread::scope(|scope| {
-        let stop = StopOnDrop(&traffic);
-        for target in &TARGETS {
-            for _ in 0..2 {
-                scope.spawn(|| traffic.last(&caller, target));
-            }
-            scope.spawn(|| traffic.come_and_go(&caller, target));
-        }
+    let (mut node, cluster) = Cluster::start(&world);
+    cluster.under_traffic(&node, |traffic| {
         // The second one meets a root that vouches for another already.
         for _ in 0..2 {
-            rotate(&node, &traffic);
+            rotate(&node, traffic);
         }
-        drop(stop);
     });
-    let failures = traffic.failures.into_inner().expect("no panic");
-    assert!(failures.is_empty(), "{failures:#?}\n{}", node.log());
-    drop((servers, apps));
+    drop(cluster);
+    node.leave();
+}
+
+/// Leaves a state behind whose leaves live for `life`. No agent takes so short a one from an operator, but it goes by what its
+/// state says.
+fn leave_state(life: Duration) {
+    std::fs::create_dir_all(DATA_DIR).expect("a folder");
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let authority = runtime.block_on(async {
+        let store = RedbStore::open(&Path::new(DATA_DIR).join("state.redb")).expect("a store");
+        let stop = CancellationToken::new();
+        let ledger = Ledger::start(Arc::new(store), stop.clone()).await.expect("an empty store");
+        let settings = CaSettings { leaf_ttl: life, allow_short_ttls_for_tests: true, ..CaSettings::default() };
+        let datacenter = Datacenter::new("dc1").expect("a name");
+        Authority::open(ledger, datacenter, settings, Clock::system(), stop).await.expect("an authority")
+    });
+    // The file is free when the last task of the runtime is gone.
+    drop(authority);
+    drop(runtime);
+}
+
+#[test]
+fn leaves_of_a_node_are_renewed_by_age_under_traffic_on_both_paths() {
+    let world = World::new("renewal");
+    let life = Duration::from_secs(20);
+    leave_state(life);
+    let (mut node, cluster) = Cluster::start(&world);
+    let root = active_root(&node);
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
+    cluster.under_traffic(&node, |traffic| {
+        for _ in 0..2 {
+            let (leaves, latest) = (leaf_ends(&node), now() + life.as_secs());
+            assert!(
+                leaves.iter().all(|end| (now()..=latest).contains(end)),
+                "{leaves:?} are alive until {latest} at most"
+            );
+            wait("every leaf is renewed", traffic, || {
+                leaf_ends(&node).iter().zip(&leaves).all(|(now, before)| now > before)
+            });
+        }
+    });
+    assert_eq!(active_root(&node), root, "no other root made them new");
+    drop(cluster);
     node.leave();
 }

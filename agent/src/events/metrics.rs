@@ -249,4 +249,15 @@ mod tests {
         assert_eq!(value(&registry, "connections_open", &[]), 1);
         assert_eq!(value(&registry, "payload_bytes_total", &["to_destination"]), 201);
     }
+
+    /// IDs of instances are chosen by whoever registers them.
+    #[test]
+    fn no_name_breaks_out_of_its_label() {
+        let (metrics, registry) = metrics();
+        metrics.traffic("web-1", "we\"b\\} 1", &carries(3, 100));
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).expect("text");
+        let label = r#"{service="we\"b\\} 1",side="outbound",path="proxied"} 3"#;
+        assert!(text.contains(&format!("connections_open{label}")), "{text}");
+    }
 }

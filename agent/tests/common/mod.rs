@@ -530,6 +530,13 @@ pub fn table<K: aya::Pod, V: aya::Pod>(world: &World, name: &str) -> aya::maps::
     map.try_into().expect("a table of this type")
 }
 
+/// The pinned table of listening applications.
+pub fn listeners(world: &World) -> aya::maps::SockHash<aya::maps::MapData, culvert_ebpf_common::ListenerKey> {
+    let generation = generations(world).pop().expect("a generation");
+    let map = aya::maps::MapData::from_pin(generation.join("maps").join("LISTENERS")).expect("a pinned map");
+    aya::maps::Map::SockHash(map).try_into().expect("a table of sockets")
+}
+
 /// Directories of pins, oldest first.
 pub fn generations(world: &World) -> Vec<PathBuf> {
     let entries = fs::read_dir(world.config().bpf_dir).into_iter().flatten().flatten();
