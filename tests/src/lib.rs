@@ -10,6 +10,7 @@
 
 mod apps;
 mod browser;
+pub mod envoy;
 mod http;
 mod node;
 mod pair;

@@ -8,14 +8,17 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use culvert_tests::{
-    API, GREETING, Node, NodeOptions, PATIENCE, Process, Server, World, binary, echo, eventually, get, greeting, put,
+    API, GREETING, Node, NodeOptions, PATIENCE, Process, Server, World, binary, echo, envoy, eventually, get, greeting,
+    put,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::{Value, json};
+use serde_json::json;
 
 const FOLDER: &str = "/run/sidecars";
 const HELLO: &[u8] = b"hello";
+/// Where the agent serves xDS.
+const XDS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8502);
 /// Where `web` reaches `api`.
 const UPSTREAM: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
 
@@ -23,39 +26,6 @@ const UPSTREAM: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCA
 enum Kind {
     Culvert,
     Envoy,
-}
-
-/// Envoy's bootstrap as Consul writes it; both read it.
-fn bootstrap(service: &str) -> Value {
-    let ads = json!({"ads": {}, "resource_api_version": "V3"});
-    let socket = |port: u16| json!({"socket_address": {"address": "127.0.0.1", "port_value": port}});
-    json!({
-        "admin": {"access_log_path": "/dev/null", "address": socket(0)},
-        "node": {"id": format!("{service}-sidecar-proxy"), "cluster": service, "metadata": {"namespace": "default"}},
-        "static_resources": {"clusters": [{
-            "name": "local_agent",
-            "ignore_health_on_host_removal": false,
-            "connect_timeout": "1s",
-            "type": "STATIC",
-            "http2_protocol_options": {},
-            "loadAssignment": {
-                "clusterName": "local_agent",
-                "endpoints": [{"lbEndpoints": [{"endpoint": {"address": socket(8502)}}]}],
-            },
-        }]},
-        "dynamic_resources": {
-            "lds_config": ads,
-            "cds_config": ads,
-            "ads_config": {
-                "api_type": "DELTA_GRPC",
-                "transport_api_version": "V3",
-                "grpc_services": {
-                    "initial_metadata": [{"key": "x-consul-token", "value": ""}],
-                    "envoy_grpc": {"cluster_name": "local_agent"},
-                },
-            },
-        },
-    })
 }
 
 /// A running sidecar; it ends with this value.
@@ -69,7 +39,10 @@ impl Sidecar {
         let folder = PathBuf::from(FOLDER);
         fs::create_dir_all(&folder).expect("a folder");
         let [config, admin] = ["bootstrap.json", "admin"].map(|name| folder.join(format!("{service}.{name}")));
-        fs::write(&config, bootstrap(service).to_string()).expect("written");
+        let mut bootstrap = envoy::bootstrap(&format!("{service}-sidecar-proxy"), service, XDS);
+        let any_port = json!({"socket_address": {"address": "127.0.0.1", "port_value": 0}});
+        bootstrap["admin"] = json!({"access_log_path": "/dev/null", "address": any_port});
+        fs::write(&config, bootstrap.to_string()).expect("written");
         drop(fs::remove_file(&admin));
         let mut command = match kind {
             Kind::Culvert => {
@@ -78,8 +51,7 @@ impl Sidecar {
                 command
             }
             Kind::Envoy => {
-                let envoy = std::env::var_os("CULVERT_ENVOY");
-                let mut command = Command::new(envoy.expect("CULVERT_ENVOY names Envoy; run `cargo xtask test`"));
+                let mut command = Command::new(envoy::binary());
                 command.arg("--disable-hot-restart");
                 command
             }

@@ -61,7 +61,9 @@ fn turned_back(metadata: &Value) -> Vec<String> {
             continue;
         };
         let dependencies = package["dependencies"].as_array().map(Vec::as_slice).unwrap_or_default();
-        let names = dependencies.iter().filter_map(|dependency| dependency["name"].as_str());
+        // What tests share depends on none of ours itself, and is part of nothing that ships.
+        let shipped = |dependency: &&Value| dependency["kind"] != "dev" || dependency["name"] != "culvert-tests";
+        let names = dependencies.iter().filter(shipped).filter_map(|dependency| dependency["name"].as_str());
         wrong.extend(
             names
                 .filter(|dependency| ours.contains(dependency) && !below.contains(dependency))
@@ -86,6 +88,14 @@ mod tests {
         assert_eq!(turned_back(&workspace("culvert-control", "culvert-proxy")), ["culvert-control -> culvert-proxy"]);
         assert_eq!(turned_back(&workspace("culvert-types", "culvert-api")), ["culvert-types -> culvert-api"]);
         assert!(turned_back(&workspace("culvert-agent", "culvert-proxy")).is_empty());
+    }
+
+    #[test]
+    fn only_the_tests_of_a_crate_use_what_tests_share() {
+        let mut workspace = workspace("culvert-control", "culvert-tests");
+        assert_eq!(turned_back(&workspace), ["culvert-control -> culvert-tests"]);
+        workspace["packages"][0]["dependencies"][0]["kind"] = "dev".into();
+        assert!(turned_back(&workspace).is_empty());
     }
 
     #[test]
