@@ -77,16 +77,6 @@ fn an_intention_cuts_the_dashboard_off_on_both_paths_and_brings_it_back() {
 }
 
 #[test]
-fn an_upstream_is_reached_on_localhost_of_both_families() {
-    let world = World::new("localhost-v6");
-    let mut node = Node::start(&world, NodeOptions::default());
-    node.run_countdash_as(|job| job.replace("${NOMAD_UPSTREAM_ADDR_count_api}", "[::1]:8080"));
-    node.counts();
-    new_connections_take(&node, "proxied");
-    node.leave();
-}
-
-#[test]
 fn without_ebpf_the_same_mesh_holds() {
     let world = World::new("no-ebpf");
     let mut node =
