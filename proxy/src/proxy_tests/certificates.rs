@@ -29,16 +29,11 @@ async fn a_certificate_without_a_name_does_not_hold_back_a_deny() {
 
 /// A client that shows `identity` and looks at nothing itself.
 async fn hostile_client(address: SocketAddr, identity: Option<Arc<Identity>>) -> Result<(), ErrorKind> {
-    let builder = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .expect("version")
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anyone));
     let client = match identity {
         Some(identity) => {
-            builder.with_client_auth_cert(identity.chain().to_vec(), identity.key().clone_key()).expect("key")
+            careless().with_client_auth_cert(identity.chain().to_vec(), identity.key().clone_key()).expect("key")
         }
-        None => builder.with_no_client_auth(),
+        None => careless().with_no_client_auth(),
     };
     let stream = call(address);
     let name = "api.test".try_into().expect("name");
@@ -245,7 +240,7 @@ async fn leaves_and_roots_rotate_under_traffic() {
 
 /// The leaf that whoever listens at `address` shows to a client.
 async fn shown_leaf(address: SocketAddr) -> rustls_pki_types::CertificateDer<'static> {
-    let client = tokio_rustls::TlsConnector::from(Arc::new(anonymous()));
+    let client = tokio_rustls::TlsConnector::from(Arc::new(careless().with_no_client_auth()));
     let stream = client.connect("api.test".try_into().expect("name"), call(address)).await.expect("its half is done");
     stream.get_ref().1.peer_certificates().expect("a chain")[0].clone()
 }
@@ -268,21 +263,23 @@ async fn who_connects_and_says_nothing_holds_nobody_up() {
     served.expect("before the others have run out of time").expect("echo");
 }
 
-/// A client without a certificate that looks at nothing.
-fn anonymous() -> rustls::ClientConfig {
+/// A client that looks at nothing.
+fn careless() -> rustls::ConfigBuilder<rustls::ClientConfig, rustls::client::WantsClientCert> {
     rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .expect("version")
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Anyone))
-        .with_no_client_auth()
 }
 
 /// The first flight of a client that never sends a second one.
 fn client_hello() -> &'static [u8] {
     static HELLO: std::sync::LazyLock<Vec<u8>> = std::sync::LazyLock::new(|| {
-        let mut client = rustls::ClientConnection::new(Arc::new(anonymous()), "api.test".try_into().expect("name"))
-            .expect("a connection");
+        let mut client = rustls::ClientConnection::new(
+            Arc::new(careless().with_no_client_auth()),
+            "api.test".try_into().expect("name"),
+        )
+        .expect("a connection");
         let mut hello = Vec::new();
         client.write_tls(&mut hello).expect("into memory");
         hello
