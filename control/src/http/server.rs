@@ -34,7 +34,7 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// What it is told.
 const REFUSAL: &[u8] = b"HTTP/1.1 429 Too Many Requests\r\nContent-Type: text/plain; charset=utf-8\r\n\
-    Connection: close\r\nContent-Length: 48\r\n\r\nYour IP is issuing too many concurrent connections";
+    Connection: close\r\nContent-Length: 50\r\n\r\nYour IP is issuing too many concurrent connections";
 
 /// Why the API could not listen.
 #[derive(Debug, thiserror::Error)]

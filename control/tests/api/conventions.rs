@@ -253,7 +253,9 @@ async fn one_client_cannot_take_every_connection() {
     let mut third = connect().await;
     let mut refused = String::new();
     tokio::time::timeout(PATIENCE, third.read_to_string(&mut refused)).await.expect("in time").expect("closed");
-    assert!(refused.starts_with("HTTP/1.1 429"), "{refused}");
+    let (head, body) = refused.split_once("\r\n\r\n").expect("a header");
+    assert!(head.starts_with("HTTP/1.1 429"), "{refused}");
+    assert!(head.ends_with(&format!("Content-Length: {}", body.len())), "{refused}");
     drop(first);
     let deadline = tokio::time::Instant::now() + PATIENCE;
     loop {
