@@ -103,7 +103,7 @@ impl Session {
         let Some(kind) = Kind::from_type_url(&request.type_url) else { return Ok(Heard::Nothing) };
         let subscription = self.of_mut(kind);
         subscription.subscribe(kind, request);
-        if subscription.names.len().max(subscription.known.len()) > MAX_NAMES {
+        if subscription.names.len().max(subscription.known.len()).max(subscription.asked.len()) > MAX_NAMES {
             return Err(SessionError::TooManyNames(kind));
         }
         Ok(subscription.answered(kind, request))

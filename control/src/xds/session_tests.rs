@@ -330,6 +330,8 @@ fn names_are_limited() {
     let many: Vec<&str> = names.iter().map(String::as_str).collect();
     let mut session = Session::default();
     assert_eq!(session.hear(&request(Kind::Endpoints, &many, &[])), Err(SessionError::TooManyNames(Kind::Endpoints)));
+    let all_but = request(Kind::Listener, &[], &many);
+    assert_eq!(Session::default().hear(&all_but), Err(SessionError::TooManyNames(Kind::Listener)));
     let known: HashMap<String, String> = names.iter().map(|name| (name.clone(), "1".to_owned())).collect();
     let request = DeltaDiscoveryRequest { initial_resource_versions: known, ..request(Kind::Listener, &[], &[]) };
     assert_eq!(Session::default().hear(&request), Err(SessionError::TooManyNames(Kind::Listener)));
