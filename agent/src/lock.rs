@@ -40,7 +40,9 @@ pub enum LockError {
     )]
     Running(Holder),
     /// Something holds the name but does not say who it is.
-    #[error("the name @culvert/agent is taken by a process that does not answer as an agent")]
+    #[error(
+        "the name @culvert/agent is taken by a process that does not answer as an agent: end it; `ss -xlp` shows which it is"
+    )]
     Silent,
     /// The socket could not be made.
     #[error("take the agent lock @culvert/agent")]

@@ -309,7 +309,10 @@ fn a_subnet_or_bridge_name_that_the_host_uses_is_refused() {
         run("ip", &["link", "add", "lan0", "type", "veth", "peer", "name", "lan1"]);
         run("ip", &["addr", "add", "172.26.70.1/24", "dev", "lan0"]);
         let error = Network::open(settings.clone()).await.err().expect("overlap").to_string();
-        assert_eq!(error, "workload subnet 172.26.64.0/20 overlaps 172.26.70.1 of interface lan0: set another subnet");
+        assert_eq!(
+            error,
+            "workload subnet 172.26.64.0/20 overlaps 172.26.70.1 of interface lan0: the interface needs another address"
+        );
         run("ip", &["addr", "del", "172.26.70.1/24", "dev", "lan0"]);
         Network::open(settings.clone()).await.expect("opened");
         run(

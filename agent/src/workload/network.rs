@@ -66,10 +66,12 @@ pub enum NetworkError {
         source: io::Error,
     },
     /// The bridge's name belongs to something else.
-    #[error("interface {0} exists and is not a bridge: rename it, or set another bridge name")]
+    #[error("interface {0} exists and is not a bridge: rename it, the name is culvert's")]
     NotABridge(String),
     /// The subnet is in use on this host.
-    #[error("workload subnet {subnet} overlaps {address} of interface {interface}: set another subnet")]
+    #[error(
+        "workload subnet {subnet} overlaps {address} of interface {interface}: the interface needs another address"
+    )]
     Overlap {
         /// The setting.
         subnet: String,
@@ -161,13 +163,10 @@ impl Network {
                 network.settings.bridge
             ));
         }
-        for warning in &network.warnings {
-            tracing::warn!("{warning}");
-        }
         Ok(network)
     }
 
-    /// What the host does not allow, in sentences; each has been logged.
+    /// What the host does not allow, in sentences for the log.
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
