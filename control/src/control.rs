@@ -27,7 +27,7 @@ use crate::metrics::Metrics;
 use crate::state::rows::Node;
 use crate::state::{Ledger, LedgerError, State, UpdateError};
 use crate::store::{MemoryStore, RedbStore, Store, StoreError};
-use crate::xds::{self, XdsConfig, XdsPeer, XdsServer};
+use crate::xds::{XdsConfig, XdsPeer, XdsServer};
 
 /// Name of the store's file in the data directory.
 const STORE_FILE: &str = "state.redb";
@@ -209,12 +209,6 @@ impl Control {
     /// Serves xDS on a connection that the agent made, for example to its worker.
     pub fn serve_xds(&self, stream: UnixStream, peer: XdsPeer) {
         self.xds.serve(stream, peer);
-    }
-
-    /// The proxies that are connected, and what they accepted.
-    #[must_use]
-    pub fn xds_status(&self) -> &xds::Status {
-        self.xds.status()
     }
 
     /// The mesh, as the node's policy compiler needs it.

@@ -20,15 +20,6 @@ pub mod state;
 pub mod store;
 pub mod xds;
 
-/// Parsers of outside text, for fuzz targets.
-#[doc(hidden)]
-pub mod fuzz {
-    /// `?filter=` of the HTTP API: any text must be refused or judged, never panic.
-    pub fn filter(text: &str) {
-        crate::http::fuzz_filter(text);
-    }
-}
-
 pub use catalog::{RegisterError, Registered, UnknownService};
 pub use checks::{CheckDialer, NodeDialer};
 pub use config::{CONSUL_VERSION, ControlConfig, HttpLimits, Reloadable, SIDECAR_PORTS};

@@ -3,7 +3,7 @@
 //! Nomad injects a docker task that runs Envoy. culvert starts nothing: the node's worker serves the sidecar inside the
 //! allocation's network namespace. The task's name stays, so that what people grep for is there.
 
-use crate::{Connect, Group, Job, PortRef, Service};
+use crate::{Connect, Group, PortRef, Service};
 
 /// `driver` of an injected task: the sidecar runs inside culvert's own worker.
 pub const SIDECAR_DRIVER: &str = "culvert";
@@ -39,14 +39,6 @@ impl Group {
             sidecars.push(Sidecar { task, kind: format!("connect-proxy:{}", service.name), service, connect });
         }
         sidecars
-    }
-}
-
-impl Job {
-    /// Every group with its sidecars: what really runs.
-    #[must_use]
-    pub fn with_sidecars(&self) -> Vec<(&Group, Vec<Sidecar<'_>>)> {
-        self.groups.iter().map(|group| (group, group.sidecars())).collect()
     }
 }
 

@@ -187,8 +187,8 @@ fn any_difference_but_the_count_replaces_allocations() {
 fn a_task_with_the_sidecars_name_keeps_it() {
     let source = SEED.replacen("task \"web\"", "task \"connect-proxy-count-api\"", 1);
     let job = job(&source);
-    let (group, sidecars) = &job.with_sidecars()[0];
-    assert_eq!(group.tasks[0].name, "connect-proxy-count-api");
+    let sidecars = job.groups[0].sidecars();
+    assert_eq!(job.groups[0].tasks[0].name, "connect-proxy-count-api");
     assert_eq!(sidecars[0].task, "connect-proxy-count-api-000000");
     assert_eq!(sidecars[0].local_service().as_deref(), Some("127.0.0.1:9001"));
 }

@@ -88,16 +88,6 @@ impl Hierarchies {
         &self.v2
     }
 
-    /// Makes the parent of all tasks' groups in cgroup2 and returns its directory: what eBPF programs attach to.
-    ///
-    /// # Errors
-    /// [`CgroupError::File`].
-    pub fn make_parent(&self, parent: &str) -> Result<PathBuf, CgroupError> {
-        let path = self.v2.join(parent);
-        fs::create_dir_all(&path).map_err(failed("create cgroup", &path))?;
-        Ok(path)
-    }
-
     fn v1(&self, controller: &str) -> Option<&Path> {
         self.v1.iter().find(|(names, _)| names.iter().any(|name| name == controller)).map(|(_, path)| path.as_path())
     }

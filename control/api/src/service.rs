@@ -89,11 +89,6 @@ impl ServiceRegistration {
     pub fn decode(body: &[u8]) -> Result<Self, DecodeError> {
         decode(body)
     }
-
-    /// `Check` and `Checks` together, in Consul's order.
-    pub fn all_checks(&self) -> impl Iterator<Item = &CheckDefinition> {
-        self.check.iter().chain(&self.checks)
-    }
 }
 
 /// A service as the agent answers it.

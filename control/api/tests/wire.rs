@@ -56,7 +56,7 @@ fn the_recorded_dashboard_keeps_its_sidecar_ports_and_upstream() {
     let service: ServiceRegistration = decode_value(body.expect("recorded")["request"].clone()).expect("decodes");
     let sidecar = service.connect.and_then(|connect| connect.sidecar_service).expect("a sidecar");
     assert_eq!((service.port, sidecar.port, sidecar.address.as_str()), (9002, 27349, "192.0.2.2"));
-    let checks: Vec<_> = sidecar.all_checks().collect();
+    let checks = &sidecar.checks;
     assert!(checks[0].alias_service.starts_with("_nomad-task-") && checks[1].tcp == "192.0.2.2:27349");
     assert_eq!(checks[1].interval.0.as_secs(), 10);
     let proxy = sidecar.proxy.as_ref().expect("a proxy");

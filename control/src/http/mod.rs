@@ -44,7 +44,6 @@ use crate::mesh::RequestedLeaves;
 use crate::metrics::Metrics;
 use crate::state::Ledger;
 
-pub(crate) use self::filter::fuzz as fuzz_filter;
 pub use self::server::BindError;
 use self::server::Client;
 pub(crate) use self::server::HttpServer;

@@ -76,11 +76,6 @@ impl State {
         self.services().filter(|service| service.kind == ServiceKind::ConnectProxy)
     }
 
-    /// Names of all services.
-    pub fn service_names(&self) -> impl Iterator<Item = &str> {
-        self.groups.iter().filter(|(_, group)| !group.members.is_empty()).map(|(name, _)| name.as_str())
-    }
-
     fn by_keys<'a>(&'a self, keys: Option<&'a BTreeSet<String>>) -> impl Iterator<Item = &'a Arc<Stored<Service>>> {
         keys.into_iter().flatten().filter_map(|key| self.services.get(key))
     }

@@ -39,25 +39,3 @@ pub struct Listener {
     /// What the control plane says about the reasons behind the RBAC rules, for events.
     pub explain: Option<Explain>,
 }
-
-impl Listener {
-    /// May the open socket of `self` go on to serve `next`? Everything else changes without a new bind.
-    #[must_use]
-    pub fn same_socket(&self, next: &Self) -> bool {
-        self.address == next.address
-    }
-
-    /// Do the two differ at most in certificate, key and roots?
-    #[must_use]
-    pub fn differs_only_in_certificates(&self, next: &Self) -> bool {
-        let tls = match (&self.tls, &next.tls) {
-            (Some(ours), Some(theirs)) => Some(Arc::new(DownstreamTls {
-                identity: Arc::clone(&theirs.identity),
-                roots: Arc::clone(&theirs.roots),
-                ..DownstreamTls::clone(ours)
-            })),
-            (ours, _) => ours.clone(),
-        };
-        Self { tls, ..self.clone() } == *next
-    }
-}

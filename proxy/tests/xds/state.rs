@@ -162,30 +162,6 @@ fn what_did_not_change_is_the_same_object() {
 }
 
 #[test]
-fn new_certificates_do_not_look_like_a_new_socket() {
-    let old = make::public_listener(&["web"]);
-    let mut new = old.clone();
-    let mut tls = make::downstream_tls();
-    let other = rcgen::generate_simple_self_signed(vec!["x".to_owned()]).expect("certificate");
-    let certificate = &mut tls.common_tls_context.as_mut().expect("common").tls_certificates[0];
-    let inline = |text: String| {
-        use envoy_types::pb::envoy::config::core::v3::{DataSource, data_source::Specifier};
-        Some(DataSource { specifier: Some(Specifier::InlineString(text)), ..DataSource::default() })
-    };
-    certificate.certificate_chain = inline(other.cert.pem());
-    certificate.private_key = inline(other.signing_key.serialize_pem());
-    new.filter_chains[0].transport_socket = Some(make::socket(&tls));
-    let read = |listener: &Listener| {
-        let parsed = culvert_proxy::config::parse::parse_listener(PUBLIC, &any(listener));
-        parsed.expect("valid").listener
-    };
-    let (old, new) = (read(&old), read(&new));
-    assert!(old != new && old.same_socket(&new) && old.differs_only_in_certificates(&new));
-    let stricter = read(&make::public_listener(&[]));
-    assert!(old.same_socket(&stricter) && !old.differs_only_in_certificates(&stricter));
-}
-
-#[test]
 fn responses_are_checked_as_a_whole() {
     let mut state = State::default();
     let unknown = DeltaDiscoveryResponse { type_url: "type.googleapis.com/x.Y".to_owned(), ..Default::default() };

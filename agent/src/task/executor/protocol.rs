@@ -73,15 +73,3 @@ impl<T, E: Into<io::Error>> Words<T> for Result<T, E> {
         self.map_err(|error| format!("{doing}: {}", error.into()))
     }
 }
-
-/// The whole chain of an error's causes in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
-        cause = inner.source();
-    }
-    text
-}

@@ -20,7 +20,8 @@ use tokio::time::Instant;
 
 use super::STAGE;
 use super::privileges::TaskUser;
-use super::protocol::{StageReply, StageSpec, StartReply, Words as _, chain, read_message};
+use super::protocol::{StageReply, StageSpec, StartReply, Words as _, read_message};
+use crate::report::chain;
 use crate::task::cgroup::{self, Hierarchies, TaskCgroup};
 use crate::task::logs::{Rotator, Stream};
 use crate::task::record::{EXECUTOR_FILE, EXIT_FILE, ExitFile, ExitStatus, ProcessIdentity, TaskRecord, write_json};

@@ -55,12 +55,5 @@ impl Filter {
     }
 }
 
-/// Parses any text; for the fuzzer.
-pub(crate) fn fuzz(text: &str) {
-    if let Ok(filter) = Filter::parse(text, SERVICE_ENTRY) {
-        filter.matches(&Value::Null);
-    }
-}
-
 #[cfg(test)]
 mod tests;
