@@ -126,7 +126,7 @@ impl ControlSocket {
         Ok(Self { socket, incoming: Mutex::new(vec![0; MAX_MESSAGE].into()) })
     }
 
-    /// Makes both ends: the agent's, and the descriptor for the worker it starts (close-on-exec until it is placed as fd 3).
+    /// Makes both ends: the agent's, and the descriptor for the worker it starts (close-on-exec until it is its standard input).
     ///
     /// # Errors
     /// No descriptors left.
@@ -140,7 +140,7 @@ impl ControlSocket {
     /// # Errors
     /// `ECONNREFUSED` while nobody waits.
     pub fn call(name: &str) -> io::Result<Self> {
-        // Blocking connect: on unix sockets it waits only while the backlog is full, and EAGAIN comes back then.
+        // On unix sockets it would wait only while the backlog is full; so EAGAIN comes back then.
         let fd = net::socket_with(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
