@@ -21,7 +21,7 @@ const MAX_ANSWER: u64 = 4096;
 
 /// Who holds the lock.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-pub struct Holder {
+pub(crate) struct Holder {
     /// Process id, in the holder's pid namespace.
     pub pid: u32,
     /// Where the holder keeps its state.
@@ -32,7 +32,7 @@ pub struct Holder {
 
 /// Why the lock was not taken.
 #[derive(Debug, thiserror::Error)]
-pub enum LockError {
+pub(crate) enum LockError {
     /// Another agent runs in this network namespace.
     #[error(
         "another culvert agent is running here: pid {}, data directory {}; stop it with `culvert leave`, or use its API",
@@ -54,7 +54,7 @@ pub enum LockError {
 ///
 /// # Errors
 /// [`LockError::Running`] with the holder when another agent runs in this network namespace.
-pub fn take(data_dir: &Path, started: u64) -> Result<(), LockError> {
+pub(crate) fn take(data_dir: &Path, started: u64) -> Result<(), LockError> {
     let address = SocketAddr::from_abstract_name(NAME).map_err(LockError::Socket)?;
     let listener = match UnixListener::bind_addr(&address) {
         Ok(listener) => listener,

@@ -7,13 +7,13 @@
 #![forbid(unsafe_code)]
 
 pub mod ca;
-pub mod catalog;
-pub mod checks;
+mod catalog;
+mod checks;
 mod config;
 mod control;
 pub mod disk;
 mod http;
-pub mod intentions;
+mod intentions;
 mod mesh;
 mod metrics;
 pub mod state;

@@ -85,7 +85,7 @@ impl Proxy {
 
     /// What it carries, to be asked at any time.
     #[must_use]
-    pub fn tally(&self) -> Arc<Tally> {
+    pub(crate) fn tally(&self) -> Arc<Tally> {
         Arc::clone(&self.context.tally)
     }
 

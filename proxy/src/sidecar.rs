@@ -37,7 +37,7 @@ const MAX_ADMIN_CONNECTIONS: usize = 16;
 ///
 /// # Errors
 /// The bootstrap file is not usable, the admin address is taken, or there are no threads or descriptors.
-pub fn run(args: &Args) -> anyhow::Result<()> {
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let bootstrap = Bootstrap::read(&args.config_path)?;
     rustix::thread::set_no_new_privs(true).context("set no_new_privs")?;
     raise_descriptor_limit().context("raise the limit of open descriptors")?;

@@ -22,7 +22,7 @@ const BPF_LINK_DETACH: libc::c_int = 34;
 /// Where a program is attached: `enum bpf_attach_type`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(u32)]
-pub enum AttachType {
+pub(crate) enum AttachType {
     /// `BPF_CGROUP_SOCK_OPS`.
     CgroupSockOps = 3,
     /// `BPF_CGROUP_INET4_CONNECT`.
@@ -43,7 +43,7 @@ pub enum AttachType {
 
 /// What a link holds on to, as the kernel tells it. Zero means that it is gone, and the link dead.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum LinkTarget {
+pub(crate) enum LinkTarget {
     /// Id of a cgroup: the inode number of its directory.
     Cgroup(u64),
     /// Inode number of a network namespace.
@@ -52,14 +52,6 @@ pub enum LinkTarget {
     Interface(u32),
     /// A kind of link that is none of ours; its `enum bpf_link_type`.
     Other(u32),
-}
-
-impl LinkTarget {
-    /// Is the thing that the link was attached to still there?
-    #[must_use]
-    pub fn is_alive(self) -> bool {
-        !matches!(self, Self::Cgroup(0) | Self::Netns(0) | Self::Interface(0))
-    }
 }
 
 #[repr(C)]
@@ -159,7 +151,7 @@ fn number(fd: RawFd) -> u32 {
 ///
 /// # Errors
 /// Those of `BPF_LINK_CREATE`: `EPERM` without the capability, `EINVAL` where the kernel knows no such attachment.
-pub fn attach_to_fd(program: impl AsFd, target: impl AsFd, attach_type: AttachType) -> io::Result<OwnedFd> {
+pub(crate) fn attach_to_fd(program: impl AsFd, target: impl AsFd, attach_type: AttachType) -> io::Result<OwnedFd> {
     attach(number(program.as_fd().as_raw_fd()), number(target.as_fd().as_raw_fd()), attach_type)
 }
 
@@ -167,7 +159,7 @@ pub fn attach_to_fd(program: impl AsFd, target: impl AsFd, attach_type: AttachTy
 ///
 /// # Errors
 /// Those of `BPF_LINK_CREATE`: `ENODEV` without the interface, `EINVAL` on kernels without tcx (before 6.6).
-pub fn attach_to_interface(program: impl AsFd, ifindex: u32, attach_type: AttachType) -> io::Result<OwnedFd> {
+pub(crate) fn attach_to_interface(program: impl AsFd, ifindex: u32, attach_type: AttachType) -> io::Result<OwnedFd> {
     attach(number(program.as_fd().as_raw_fd()), ifindex, attach_type)
 }
 
@@ -181,7 +173,7 @@ fn attach(program: u32, target: u32, attach_type: AttachType) -> io::Result<Owne
 ///
 /// # Errors
 /// Those of `BPF_LINK_UPDATE`: `ENOLINK` when what the link was attached to is gone.
-pub fn update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
+pub(crate) fn update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     let mut attributes = LinkUpdate {
         link: number(link.as_fd().as_raw_fd()),
         new_program: number(program.as_fd().as_raw_fd()),
@@ -197,7 +189,7 @@ pub fn update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
 ///
 /// # Errors
 /// Those of `BPF_LINK_DETACH`: `EOPNOTSUPP` for links that cannot.
-pub fn detach(link: impl AsFd) -> io::Result<()> {
+pub(crate) fn detach(link: impl AsFd) -> io::Result<()> {
     let mut attributes = LinkDetach { link: number(link.as_fd().as_raw_fd()) };
     // SAFETY: the attributes of this command, without pointers.
     unsafe { bpf(BPF_LINK_DETACH, &mut attributes) }.map(drop)
@@ -207,7 +199,7 @@ pub fn detach(link: impl AsFd) -> io::Result<()> {
 ///
 /// # Errors
 /// Those of `BPF_OBJ_PIN`: `EEXIST`, and `EPERM` outside a BPF file system.
-pub fn pin(object: impl AsFd, path: &Path) -> io::Result<()> {
+pub(crate) fn pin(object: impl AsFd, path: &Path) -> io::Result<()> {
     let name = CString::new(path.as_os_str().as_bytes())?;
     let mut attributes = Object { path: name.as_ptr() as u64, fd: number(object.as_fd().as_raw_fd()), flags: 0 };
     // SAFETY: the attributes of this command; `name` ends in NUL and outlives the call.
@@ -218,7 +210,7 @@ pub fn pin(object: impl AsFd, path: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// Those of `BPF_OBJ_GET`: `ENOENT`, and `EACCES` for what is no BPF object.
-pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     let name = CString::new(path.as_os_str().as_bytes())?;
     let mut attributes = Object { path: name.as_ptr() as u64, fd: 0, flags: 0 };
     // SAFETY: the attributes of this command; `name` ends in NUL and outlives the call.
@@ -229,7 +221,7 @@ pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
 ///
 /// # Errors
 /// Those of `BPF_MAP_GET_NEXT_KEY` and `BPF_MAP_DELETE_ELEM`: `EINVAL` when the descriptor is no map.
-pub fn empty_map(map: impl AsFd) -> io::Result<()> {
+pub(crate) fn empty_map(map: impl AsFd) -> io::Result<()> {
     let map = number(map.as_fd().as_raw_fd());
     let mut info = MapInfo::default();
     let length = u32::try_from(size_of::<MapInfo>()).expect("a small struct");
@@ -260,7 +252,7 @@ pub fn empty_map(map: impl AsFd) -> io::Result<()> {
 ///
 /// # Errors
 /// Those of `BPF_OBJ_GET_INFO_BY_FD`: `EINVAL` when the descriptor is no BPF object.
-pub fn link_target(link: impl AsFd) -> io::Result<LinkTarget> {
+pub(crate) fn link_target(link: impl AsFd) -> io::Result<LinkTarget> {
     let mut info = LinkInfo::default();
     let mut attributes = InfoByFd {
         fd: number(link.as_fd().as_raw_fd()),

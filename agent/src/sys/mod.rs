@@ -4,7 +4,7 @@
 
 #![allow(unsafe_code, reason = "the one place of the agent that may call the kernel without a wrapper")]
 
-pub mod bpf;
+pub(crate) mod bpf;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -18,7 +18,7 @@ use tokio::io::unix::AsyncFd;
 ///
 /// # Errors
 /// `ENOPROTOOPT` on kernels before 5.14 (`SO_NETNS_COOKIE`).
-pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
+pub(crate) fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
     let mut cookie = 0_u64;
     let mut length = libc::socklen_t::try_from(size_of::<u64>()).expect("eight bytes");
     // SAFETY: the descriptor is borrowed for the call; `cookie` is 8 writable bytes, as `length` says, and both outlive
@@ -42,7 +42,7 @@ const JOIN_SESSION_KEYRING: libc::c_int = 1;
 ///
 /// # Errors
 /// `EDQUOT`, `ENOMEM`: the kernel cannot make one.
-pub fn new_session_keyring() -> io::Result<()> {
+pub(crate) fn new_session_keyring() -> io::Result<()> {
     // SAFETY: the operation takes a name or NULL; NULL makes an anonymous keyring and reads no memory of ours.
     let result = unsafe {
         libc::syscall(
@@ -65,7 +65,7 @@ pub fn new_session_keyring() -> io::Result<()> {
 
 /// Marks every open descriptor from `first` on as close-on-exec, so that a program started next inherits none that a library
 /// forgot to mark. Best effort: kernels before 5.11 do not know it.
-pub fn close_on_exec_from(first: u32) {
+pub(crate) fn close_on_exec_from(first: u32) {
     // SAFETY: CLOSE_RANGE_CLOEXEC only sets a flag on descriptors; none is closed, so no owner loses one.
     let result = unsafe { libc::close_range(first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed()) };
     if result != 0 {
@@ -77,7 +77,7 @@ pub fn close_on_exec_from(first: u32) {
 ///
 /// # Errors
 /// When the descriptor cannot be polled (a regular file).
-pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` names the same open descriptor all its life, and the `AsyncFd` owns it: it is deregistered
     // before it is closed.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
@@ -85,7 +85,7 @@ pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
 
 /// Resets every signal to its default action. Ignored ones stay ignored over exec(2), and an agent started in the background
 /// by a script ignores SIGINT: its tasks must not. What is blocked stays blocked.
-pub fn default_signal_actions() {
+pub(crate) fn default_signal_actions() {
     for signal in 1..=libc::SIGRTMAX() {
         // SAFETY: SIG_DFL installs no handler, so no code of ours can run in a signal's context. The numbers that cannot be
         // set (SIGKILL, SIGSTOP, those of the C library) are refused with EINVAL, which changes nothing.
@@ -94,7 +94,7 @@ pub fn default_signal_actions() {
 }
 
 /// Makes `command` start with no signal blocked, whatever the calling thread blocks: the mask is inherited.
-pub fn unblock_signals(command: &mut Command) {
+pub(crate) fn unblock_signals(command: &mut Command) {
     let unblock = || Ok(nix::sys::signal::SigSet::empty().thread_set_mask()?);
     // SAFETY: between fork and exec only async-signal-safe work is allowed; this is one system call, without allocation.
     unsafe { command.pre_exec(unblock) };

@@ -13,15 +13,15 @@ use crate::checks::{split_host_port, split_url};
 use crate::state::rows::{Check, CheckDefinition, Probe, Service};
 
 /// Longest output kept of a check that sets no limit, in bytes.
-pub const OUTPUT_MAX_SIZE: usize = 4096;
+pub(super) const OUTPUT_MAX_SIZE: usize = 4096;
 /// Longest output that a check may ask for, in bytes.
-pub const OUTPUT_MAX_LIMIT: usize = 64 << 10;
+const OUTPUT_MAX_LIMIT: usize = 64 << 10;
 /// Time-out of a check that sets none.
-pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Shortest interval; a shorter one is raised to it.
-pub const MIN_INTERVAL: Duration = Duration::from_millis(100);
+const MIN_INTERVAL: Duration = Duration::from_millis(100);
 /// Shortest `DeregisterCriticalServiceAfter`; a shorter one is raised to it.
-pub const MIN_DEREGISTER: Duration = Duration::from_secs(60);
+const MIN_DEREGISTER: Duration = Duration::from_secs(60);
 
 /// Reads the check of `PUT /v1/agent/check/register`. Name and tags of its service are the caller's to fill in.
 pub(super) fn parse_own(body: Body, place: &Place) -> Result<Check, CheckError> {

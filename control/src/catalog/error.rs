@@ -89,7 +89,7 @@ pub enum UnknownService {
 
 /// Why a check was not deregistered.
 #[derive(Debug, thiserror::Error)]
-pub enum UnknownCheck {
+pub(crate) enum UnknownCheck {
     /// Not registered on this node.
     #[error("Unknown check ID {0:?}. Ensure that the check ID is passed, not the check name.")]
     Unknown(String),

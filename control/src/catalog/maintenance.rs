@@ -24,7 +24,7 @@ impl Catalog {
     ///
     /// # Errors
     /// [`UnknownService`].
-    pub async fn service_maintenance(&self, id: &str, enable: bool, reason: &str) -> Result<(), UnknownService> {
+    pub(crate) async fn service_maintenance(&self, id: &str, enable: bool, reason: &str) -> Result<(), UnknownService> {
         self.ledger
             .update(|state, plan| {
                 let service = state.service(&self.place.node, id);
@@ -50,7 +50,7 @@ impl Catalog {
     ///
     /// # Errors
     /// [`UpdateError`].
-    pub async fn node_maintenance(&self, enable: bool, reason: &str) -> Result<(), UpdateError> {
+    pub(crate) async fn node_maintenance(&self, enable: bool, reason: &str) -> Result<(), UpdateError> {
         let default = "Maintenance mode is enabled for this node, but no reason was provided. \
             This is a default message.";
         let check = self.check(NODE.to_owned(), "Node Maintenance Mode", reason, default);

@@ -25,21 +25,19 @@ use crate::state::rows::{self, Check, Service};
 use crate::state::{Ledger, Plan, State, Stored, UpdateError, row_key};
 use crate::store::{MAX_OPERATIONS, Table};
 
-pub use self::check::{DEFAULT_TIMEOUT, MIN_DEREGISTER, MIN_INTERVAL, OUTPUT_MAX_LIMIT, OUTPUT_MAX_SIZE};
-pub use self::error::{CheckError, RegisterError, UnknownCheck, UnknownService};
-pub use self::proxy::MAX_UPSTREAMS;
-pub use self::service::{MAX_META_KEY, MAX_META_PAIRS, MAX_META_VALUE};
+pub(crate) use self::error::{CheckError, UnknownCheck};
+pub use self::error::{RegisterError, UnknownService};
 
 /// Most checks of one instance, beside those of maintenance. A registration that replaces all checks of a service and of its
 /// sidecar, or a deregistration of both, has to fit into one transaction.
-pub const MAX_CHECKS: usize = 30;
+pub(crate) const MAX_CHECKS: usize = 30;
 const _: () = assert!(2 * (1 + 2 * MAX_CHECKS + 1) <= MAX_OPERATIONS);
 /// Rows of a former name that one transaction removes.
 const FORGET_AT_A_TIME: usize = MAX_OPERATIONS / 2;
 
 /// Where a node is, for what is registered on it.
 #[derive(Clone, Debug)]
-pub struct Place {
+pub(crate) struct Place {
     /// Name of the node.
     pub node: String,
     /// Address of services that give none.
@@ -65,7 +63,7 @@ pub struct Registered {
 
 /// Registrations on this node. Cheap to clone.
 #[derive(Clone)]
-pub struct Catalog {
+pub(crate) struct Catalog {
     ledger: Ledger,
     place: Arc<Place>,
 }
@@ -73,7 +71,7 @@ pub struct Catalog {
 impl Catalog {
     /// The catalog of `place`.
     #[must_use]
-    pub fn new(ledger: Ledger, place: Arc<Place>) -> Self {
+    pub(crate) fn new(ledger: Ledger, place: Arc<Place>) -> Self {
         Self { ledger, place }
     }
 
@@ -84,7 +82,7 @@ impl Catalog {
     ///
     /// # Errors
     /// [`RegisterError`]; nothing is changed then.
-    pub async fn register_service(
+    pub(crate) async fn register_service(
         &self,
         body: ServiceRegistration,
         replace_checks: bool,
@@ -164,7 +162,7 @@ impl Catalog {
     ///
     /// # Errors
     /// [`UnknownService`].
-    pub async fn deregister_service(&self, id: &str) -> Result<(), UnknownService> {
+    pub(crate) async fn deregister_service(&self, id: &str) -> Result<(), UnknownService> {
         self.ledger
             .update(|state, plan| {
                 let service = state.service(&self.place.node, id);
@@ -191,7 +189,7 @@ impl Catalog {
     ///
     /// # Errors
     /// [`CheckError`]; nothing is changed then.
-    pub async fn register_check(&self, body: CheckDefinition) -> Result<(), CheckError> {
+    pub(crate) async fn register_check(&self, body: CheckDefinition) -> Result<(), CheckError> {
         let status_given = !body.status.is_empty();
         let wanted = check::parse_own(body, &self.place)?;
         self.ledger
@@ -222,7 +220,7 @@ impl Catalog {
     ///
     /// # Errors
     /// [`UnknownCheck`].
-    pub async fn deregister_check(&self, id: &str) -> Result<(), UnknownCheck> {
+    pub(crate) async fn deregister_check(&self, id: &str) -> Result<(), UnknownCheck> {
         self.ledger
             .update(|state, plan| {
                 if state.check(&self.place.node, id).is_none() {

@@ -16,7 +16,7 @@ use crate::state::rows::{Proxy, ProxySettings, Upstream};
 use crate::xds::listen_addresses;
 
 /// Most upstreams of one proxy.
-pub const MAX_UPSTREAMS: usize = 256;
+const MAX_UPSTREAMS: usize = 256;
 
 /// Reads a proxy. `named`: it must say whom it represents (a sidecar that is declared by its service does not).
 pub(super) fn parse(body: api::Proxy, named: bool, place: &Place) -> Result<Proxy, RegisterError> {

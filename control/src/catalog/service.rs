@@ -11,11 +11,11 @@ use super::{Instance, Place, check, proxy};
 use crate::state::rows::{Service, ServiceKind, TaggedAddress, WORKLOAD_ADDRESS, Weights};
 
 /// Most pairs in `Meta`.
-pub const MAX_META_PAIRS: usize = 64;
+const MAX_META_PAIRS: usize = 64;
 /// Longest key of `Meta`, in bytes.
-pub const MAX_META_KEY: usize = 128;
+const MAX_META_KEY: usize = 128;
 /// Longest value of `Meta`, in bytes.
-pub const MAX_META_VALUE: usize = 512;
+const MAX_META_VALUE: usize = 512;
 /// Start of the keys that are not for users.
 const RESERVED_META: &str = "consul-";
 

@@ -36,19 +36,19 @@ pub use self::probe::{CheckDialer, NodeDialer};
 pub(crate) use self::probe::{split_host_port, split_url};
 
 /// Probes under way at once on a node. A check that finds no place waits for one.
-pub const MAX_CONCURRENT_PROBES: usize = 64;
+const MAX_CONCURRENT_PROBES: usize = 64;
 /// Longest random delay before the first run of a check, so that checks registered together do not run together.
-pub const START_JITTER: Duration = Duration::from_millis(500);
+const START_JITTER: Duration = Duration::from_millis(500);
 /// Interval of a check that has not succeeded yet, if its own is longer: a service that is starting is seen soon.
-pub const STARTUP_INTERVAL: Duration = Duration::from_secs(1);
+const STARTUP_INTERVAL: Duration = Duration::from_secs(1);
 /// Least time between two writes that change nothing but the output (Consul's `check_update_interval`).
-pub const OUTPUT_INTERVAL: Duration = Duration::from_secs(5 * 60);
+const OUTPUT_INTERVAL: Duration = Duration::from_secs(5 * 60);
 /// How often services that have been critical for too long are looked for.
-pub const REAP_INTERVAL: Duration = Duration::from_secs(30);
+const REAP_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Why the status of a check could not be set.
 #[derive(Debug, thiserror::Error)]
-pub enum UpdateTtlError {
+pub(crate) enum UpdateTtlError {
     /// No such check on this node.
     #[error("Unknown check ID {0:?}. Ensure that the check ID is passed, not the check name.")]
     Unknown(String),
@@ -62,7 +62,7 @@ pub enum UpdateTtlError {
 
 /// The checks of this node. Cheap to clone.
 #[derive(Clone)]
-pub struct Checks {
+pub(crate) struct Checks {
     inner: Arc<Inner>,
 }
 
@@ -95,7 +95,7 @@ impl Checks {
 
     /// The latest output of a check of this node: newer than its row's, if there is one.
     #[must_use]
-    pub fn output(&self, id: &str) -> Option<String> {
+    pub(crate) fn output(&self, id: &str) -> Option<String> {
         self.inner.latest(id)
     }
 
@@ -103,7 +103,12 @@ impl Checks {
     ///
     /// # Errors
     /// [`UpdateTtlError`].
-    pub async fn update_ttl(&self, id: &str, status: HealthStatus, output: String) -> Result<(), UpdateTtlError> {
+    pub(crate) async fn update_ttl(
+        &self,
+        id: &str,
+        status: HealthStatus,
+        output: String,
+    ) -> Result<(), UpdateTtlError> {
         let state = self.inner.ledger.state();
         let check = state.check(&self.inner.node, id).ok_or_else(|| UpdateTtlError::Unknown(id.to_owned()))?;
         if !matches!(check.definition.probe, Probe::Ttl(_)) {

@@ -15,17 +15,17 @@ use crate::state::{Ledger, Plan, State, Stored, UpdateError, intention_key};
 use crate::store::Table;
 
 /// Most pairs in `Meta`.
-pub const MAX_META_PAIRS: usize = 64;
+const MAX_META_PAIRS: usize = 64;
 /// Longest key of `Meta`, in bytes.
-pub const MAX_META_KEY: usize = 128;
+const MAX_META_KEY: usize = 128;
 /// Longest value of `Meta`, in bytes.
-pub const MAX_META_VALUE: usize = 512;
+const MAX_META_VALUE: usize = 512;
 /// Longest description, in bytes.
-pub const MAX_DESCRIPTION: usize = 512;
+const MAX_DESCRIPTION: usize = 512;
 
 /// What a client wants an intention to be.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Draft {
+pub(crate) struct Draft {
     /// The rule.
     pub rule: Intention,
     /// For people.
@@ -36,7 +36,7 @@ pub struct Draft {
 
 /// Why an intention was not written.
 #[derive(Debug, thiserror::Error)]
-pub enum IntentionError {
+pub(crate) enum IntentionError {
     /// Description too long.
     #[error("Description exceeds maximum length {MAX_DESCRIPTION}")]
     Description,
@@ -74,14 +74,14 @@ fn full_text(rule: &Intention, id: Option<&str>) -> String {
 
 /// Writes intentions. Cheap to clone.
 #[derive(Clone)]
-pub struct Intentions {
+pub(crate) struct Intentions {
     ledger: Ledger,
 }
 
 impl Intentions {
     /// Intentions in the store behind `ledger`.
     #[must_use]
-    pub fn new(ledger: Ledger) -> Self {
+    pub(crate) fn new(ledger: Ledger) -> Self {
         Self { ledger }
     }
 
@@ -89,7 +89,7 @@ impl Intentions {
     ///
     /// # Errors
     /// [`IntentionError`].
-    pub async fn upsert(&self, draft: &Draft) -> Result<(), IntentionError> {
+    pub(crate) async fn upsert(&self, draft: &Draft) -> Result<(), IntentionError> {
         check(draft)?;
         let now = SystemTime::now();
         self.ledger
@@ -105,7 +105,7 @@ impl Intentions {
     ///
     /// # Errors
     /// [`IntentionError::Duplicate`] when the pair has one.
-    pub async fn create(&self, draft: &Draft) -> Result<String, IntentionError> {
+    pub(crate) async fn create(&self, draft: &Draft) -> Result<String, IntentionError> {
         check(draft)?;
         let (now, id) = (SystemTime::now(), Uuid::new_v4().to_string());
         self.ledger
@@ -123,7 +123,7 @@ impl Intentions {
     ///
     /// # Errors
     /// [`IntentionError::NotFound`], [`IntentionError::Moved`].
-    pub async fn update(&self, id: &str, draft: &Draft) -> Result<(), IntentionError> {
+    pub(crate) async fn update(&self, id: &str, draft: &Draft) -> Result<(), IntentionError> {
         check(draft)?;
         let now = SystemTime::now();
         self.ledger
@@ -142,7 +142,7 @@ impl Intentions {
     ///
     /// # Errors
     /// [`IntentionError::Update`].
-    pub async fn delete(
+    pub(crate) async fn delete(
         &self,
         source: &IntentionSubject,
         destination: &IntentionSubject,
@@ -160,7 +160,7 @@ impl Intentions {
     ///
     /// # Errors
     /// [`IntentionError::NotFound`].
-    pub async fn delete_by_id(&self, id: &str) -> Result<(), IntentionError> {
+    pub(crate) async fn delete_by_id(&self, id: &str) -> Result<(), IntentionError> {
         self.ledger
             .update(|state, plan| {
                 let existing = by_id(state, id).ok_or(IntentionError::NotFound)?;
@@ -177,7 +177,7 @@ fn find<'a>(state: &'a State, rule: &Intention) -> Option<&'a Arc<Stored<Intenti
 
 /// The intention with that ID.
 #[must_use]
-pub fn by_id<'a>(state: &'a State, id: &str) -> Option<&'a Arc<Stored<IntentionEntry>>> {
+pub(crate) fn by_id<'a>(state: &'a State, id: &str) -> Option<&'a Arc<Stored<IntentionEntry>>> {
     state.intentions().iter().find(|entry| entry.id.as_deref() == Some(id))
 }
 
@@ -222,7 +222,7 @@ fn check(draft: &Draft) -> Result<(), IntentionError> {
 }
 
 /// Intentions that speak about `name` on one side, in the order in which they are tried.
-pub fn matching<'a>(
+pub(crate) fn matching<'a>(
     state: &'a State,
     side: Side,
     name: &'a IntentionSubject,
@@ -238,7 +238,7 @@ pub fn matching<'a>(
 
 /// One side of an intention.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Side {
+pub(crate) enum Side {
     /// Who calls.
     Source,
     /// Who is called.
@@ -247,7 +247,12 @@ pub enum Side {
 
 /// The verdict on a pair, and Consul's sentence about it.
 #[must_use]
-pub fn explain(state: &State, source: &ServiceName, destination: &ServiceName, default: Action) -> (bool, String) {
+pub(crate) fn explain(
+    state: &State,
+    source: &ServiceName,
+    destination: &ServiceName,
+    default: Action,
+) -> (bool, String) {
     let Decision { action, by } = state.decide(source, destination, default);
     let reason = match by {
         DecidedBy::Default => "Default intention policy".to_owned(),

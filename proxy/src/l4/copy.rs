@@ -30,7 +30,7 @@ use crate::tls::{MAX_PLAINTEXT, MAX_RECORD, RecordError, Session};
 /// Most bytes taken from a socket at once.
 const CHUNK: usize = 4 * MAX_PLAINTEXT;
 /// Most bytes that stay with a connection in one direction: one chunk with the overhead of its records, and part of one more.
-pub const MAX_KEPT: usize = CHUNK + 2 * MAX_RECORD;
+const MAX_KEPT: usize = CHUNK + 2 * MAX_RECORD;
 /// Up to this many pieces are written as they lie; more are moved together first, which is cheaper when they are small.
 const MAX_PIECES: usize = 8;
 
@@ -358,6 +358,7 @@ fn send<'p>(stream: &TcpStream, pieces: impl Iterator<Item = &'p [u8]>, kept: &m
                 for slice in &*slices {
                     kept.bytes.extend_from_slice(slice);
                 }
+                debug_assert!(kept.bytes.len() <= MAX_KEPT, "{} bytes kept", kept.bytes.len());
                 return Ok(());
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

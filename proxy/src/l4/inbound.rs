@@ -17,7 +17,7 @@ use crate::tls::{self, Established, HandshakeError};
 
 /// Longest time a handshake may take. How many there are at a time is bounded by the connections of the listener: who takes
 /// part in one and is silent must not hold up the others.
-pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) async fn carry(shared: &Shared, mut story: Story<'_>, tunnel: Connection) {
     // Boxed: what is needed before the first byte of payload must not weigh on idle connections.

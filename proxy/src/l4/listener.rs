@@ -29,9 +29,9 @@ use crate::threads::ThreadPlace;
 use crate::tls::{PeerIdentity, ServerContext, own_identity};
 
 /// Most connections of one listener, where the configuration names no limit.
-pub const DEFAULT_MAX_CONNECTIONS: usize = 8192;
+const DEFAULT_MAX_CONNECTIONS: usize = 8192;
 /// Pause after a failed `accept`: without descriptors (`EMFILE`) it would fail again at once, and again.
-pub const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+pub(crate) const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
 /// Everything that may change while the socket stays.
 #[derive(Debug)]

@@ -12,10 +12,7 @@ mod outbound;
 mod socket;
 mod tally;
 
-pub use copy::MAX_KEPT;
-pub use inbound::HANDSHAKE_TIMEOUT;
-pub use listener::{ACCEPT_BACKOFF, DEFAULT_MAX_CONNECTIONS};
-pub(crate) use listener::{Listener, State, domain_of};
-pub use outbound::DEFAULT_CONNECT_ATTEMPTS;
-pub use socket::{KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES};
-pub use tally::Tally;
+#[cfg(test)]
+pub(crate) use inbound::HANDSHAKE_TIMEOUT;
+pub(crate) use listener::{ACCEPT_BACKOFF, Listener, State, domain_of};
+pub(crate) use tally::Tally;

@@ -16,7 +16,7 @@ use crate::sockets::unconnected;
 use crate::tls::{self, ClientContext, Established};
 
 /// Instances that are tried for one connection, where the configuration names no number.
-pub const DEFAULT_CONNECT_ATTEMPTS: u32 = 3;
+const DEFAULT_CONNECT_ATTEMPTS: u32 = 3;
 
 pub(super) async fn carry(shared: &Shared, mut story: Story<'_>, app: Connection) {
     let state = shared.state.load_full();

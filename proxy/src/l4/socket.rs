@@ -9,11 +9,11 @@ use tokio::net::TcpStream;
 
 /// A connection without traffic for this long is probed by the kernel. The only thing that ever ends an idle connection is a
 /// peer that no longer answers.
-pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(300);
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(300);
 /// Time between probes.
-pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 /// Probes without an answer before the connection is given up.
-pub const KEEPALIVE_PROBES: u32 = 6;
+const KEEPALIVE_PROBES: u32 = 6;
 
 /// A TCP connection that is reset when it is closed, unless it was [finished](Self::finish). So whatever ends it early, an
 /// error, a revocation, a panic or the death of the whole process, passes on as a reset and never looks like an orderly end.

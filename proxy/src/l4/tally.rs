@@ -13,7 +13,7 @@ use crate::handoff::{SideTraffic, Traffic};
 
 /// See the module.
 #[derive(Debug, Default)]
-pub struct Tally(Mutex<Parts>);
+pub(crate) struct Tally(Mutex<Parts>);
 
 #[derive(Debug, Default)]
 struct Parts {
