@@ -171,6 +171,13 @@ impl ControlSocket {
         sent.map_err(SendError::Socket)
     }
 
+    /// Sends something that the other end does not understand.
+    #[cfg(test)]
+    pub(crate) async fn send_damaged(&self) {
+        let sent = self.socket.async_io(Interest::WRITABLE, || send_once(self.socket.as_fd(), b"{]", &[])).await;
+        sent.expect("the other end listens");
+    }
+
     /// Receives one message with its descriptors; `None` when the other end is gone. Cancel-safe.
     ///
     /// # Errors

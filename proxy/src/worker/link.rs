@@ -82,6 +82,14 @@ impl Link {
         }
     }
 
+    /// Something of the agent's was lost, for want of descriptors perhaps: it may have been what a pool waits for, and would never
+    /// ask for again.
+    pub(super) fn missed(&self, reason: &str) {
+        for pool in self.pools.lock().values() {
+            pool.missed(reason);
+        }
+    }
+
     /// Sends a message that needs no answer; waits while too many others wait.
     pub(super) async fn tell(&self, message: ToAgent) {
         let _ends_with_the_worker = self.outgoing.send(message).await;

@@ -188,7 +188,10 @@ async fn obey(agent: &ControlSocket, link: &Link, proxies: &mut Proxies) -> End 
                     warn!(%error, "control socket");
                     return End::Gone;
                 }
-                Err(error) => error!(%error, "the agent sent what is not understood"),
+                Err(error) => {
+                    error!(%error, "the agent sent what is not understood");
+                    link.missed(&error.to_string());
+                }
             },
             Some((proxy, traffic)) = proxies.next_gone() => {
                 link.tell(ToAgent::Traffic { proxy: proxy.clone(), traffic }).await;
@@ -270,6 +273,7 @@ async fn send(agent: &ControlSocket, message: &ToAgent, descriptors: &[BorrowedF
 mod tests {
     use super::*;
     use crate::handoff::Family;
+    use crate::sockets::Sockets as _;
 
     #[test]
     fn a_worker_without_an_agent_lives_as_long_as_its_last_certificate() {
@@ -299,6 +303,35 @@ mod tests {
         tokio::select! {
             end = worker.attend(&control, vec![(hello(), None)]) => panic!("{end:?}"),
             () = hears => {}
+        }
+    }
+
+    #[tokio::test]
+    async fn sockets_that_got_lost_are_asked_for_again() {
+        let threads = DataThreads::new(1).expect("thread");
+        let mut worker = Worker::new(threads.placement());
+        let (link, pool) = (Arc::clone(&worker.link), Arc::new(pool::Pool::default()));
+        link.pools.lock().insert("web".to_owned(), Arc::clone(&pool));
+        let sockets = pool::HandedSockets { proxy: "web".to_owned(), link, pool };
+        let (agent, other_end) = ControlSocket::pair().expect("socketpair");
+        let control = ControlSocket::new(other_end).expect("control socket");
+        let takes = async {
+            let hello = agent.recv::<ToAgent>().await;
+            assert!(matches!(hello, Ok(Some((ToAgent::Hello { .. }, _)))), "{hello:?}");
+            for _ in 0..2 {
+                let taken = sockets.app_socket(Family::V4);
+                let answered = async {
+                    let asked = agent.recv::<ToAgent>().await;
+                    assert!(matches!(asked, Ok(Some((ToAgent::MoreAppSockets { .. }, _)))), "{asked:?}");
+                    agent.send_damaged().await;
+                };
+                let (taken, ()) = futures::join!(timeout(Duration::from_secs(5), taken), answered);
+                taken.expect("who waits is told").expect_err("nothing came");
+            }
+        };
+        tokio::select! {
+            end = worker.attend(&control, vec![(hello(), None)]) => panic!("{end:?}"),
+            () = takes => {}
         }
     }
 

@@ -70,6 +70,18 @@ impl Pool {
         self.changed.notify_waiters();
     }
 
+    /// What the agent sent may be lost. Who waits for it is refused: asked again at once, the same might happen, and again.
+    pub(super) fn missed(&self, reason: &str) {
+        for family in [Family::V4, Family::V6] {
+            let mut stock = self.stock(family).lock();
+            if std::mem::take(&mut stock.asked) {
+                stock.refusals += 1;
+                reason.clone_into(&mut stock.refusal);
+            }
+        }
+        self.changed.notify_waiters();
+    }
+
     /// The agent is gone, and what it was asked for will not come; or the next one serves this proxy.
     pub(super) fn set_away(&self, away: bool) {
         for family in [Family::V4, Family::V6] {
