@@ -145,7 +145,7 @@ fn verifier(
 ) -> Result<Verifier, ContextError> {
     let trust_domain: TrustDomain = own.id().trust_domain().clone();
     let roots = Roots::new(roots).map_err(ContextError::Roots)?;
-    Ok(Verifier { roots, trust_domain, names: names.to_vec(), role })
+    Ok(Verifier::new(roots, trust_domain, names.to_vec(), role))
 }
 
 fn versions(min: TlsVersion, max: TlsVersion) -> Result<Vec<&'static SupportedProtocolVersion>, ContextError> {

@@ -20,7 +20,8 @@ pub enum LeafError {
 pub struct Leaf<'a> {
     /// Every URI in the subject alternative name, in order.
     pub uris: Vec<&'a str>,
-    /// End of its life, seconds since 1970; `None` if the time cannot be read. For status only: webpki checks validity.
+    /// End of its life, seconds since 1970; `None` if the time cannot be read. webpki checks validity; this is for status,
+    /// and for how long what webpki said holds.
     pub not_after: Option<u64>,
     /// keyCertSign or cRLSign is among its key usages.
     pub may_sign_certificates: bool,

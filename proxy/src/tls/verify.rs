@@ -7,11 +7,14 @@
 //! leaf may not sign, is good for the role its holder plays, and has exactly one URI name, which is a SPIFFE ID with a path
 //! in the pinned trust domain. DNS names never identify anybody.
 
+use std::collections::VecDeque;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use culvert_types::{RefusalReason, SpiffeId, TrustDomain};
+use parking_lot::Mutex;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
@@ -25,6 +28,8 @@ use crate::config::StringMatcher;
 
 /// Most certificates a peer may send, leaf included.
 pub const MAX_CHAIN: usize = 8;
+/// Most chains that a context remembers as good: peers of one service, which are its callers or its instances.
+const MAX_KNOWN: usize = 128;
 
 /// Why a bundle is not usable.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
@@ -227,24 +232,61 @@ pub fn verify_peer(
     Ok(peer)
 }
 
-/// [`verify_peer`] with everything that one TLS context fixes.
+/// [`verify_peer`] with everything that one TLS context fixes. What it found good before, byte by byte, it need not compute again:
+/// roots, names and role are the same, and the clock is looked at each time. That the peer has the key, every handshake proves.
 #[derive(Debug)]
 pub(super) struct Verifier {
-    pub(super) roots: Roots,
-    pub(super) trust_domain: TrustDomain,
+    roots: Roots,
+    trust_domain: TrustDomain,
     /// If not empty, one must match the URI name.
-    pub(super) names: Vec<StringMatcher>,
-    pub(super) role: PeerRole,
+    names: Vec<StringMatcher>,
+    role: PeerRole,
+    known: Mutex<VecDeque<Known>>,
+}
+
+/// A chain that was found good.
+#[derive(Debug)]
+struct Known {
+    chain: Vec<CertificateDer<'static>>,
+    /// When it was found good, and the first end of a certificate in it: seconds since 1970.
+    good: Range<u64>,
 }
 
 impl Verifier {
+    pub(super) fn new(roots: Roots, trust_domain: TrustDomain, names: Vec<StringMatcher>, role: PeerRole) -> Self {
+        Self { roots, trust_domain, names, role, known: Mutex::default() }
+    }
+
     fn verify(&self, leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>], now: UnixTime) -> Result<(), PeerRefusal> {
+        if self.knows(leaf, rest, now) {
+            return Ok(());
+        }
         let chain: Vec<CertificateDer<'_>> = std::iter::once(leaf).chain(rest).cloned().collect();
         let peer = verify_peer(&chain, &self.roots, &self.trust_domain, self.role, now)?;
         if !self.names.is_empty() && !self.names.iter().any(|name| name.matches(peer.uri())) {
             return Err(PeerRefusal::Unexpected { peer: peer.id });
         }
+        self.remember(chain, now);
         Ok(())
+    }
+
+    /// Was exactly this chain found good, and is it still?
+    fn knows(&self, leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>], now: UnixTime) -> bool {
+        let same = |known: &Known| {
+            known.chain.split_first().is_some_and(|(known_leaf, known_rest)| known_leaf == leaf && known_rest == rest)
+        };
+        self.known.lock().iter().find(|known| same(known)).is_some_and(|known| known.good.contains(&now.as_secs()))
+    }
+
+    fn remember(&self, chain: Vec<CertificateDer<'_>>, now: UnixTime) {
+        let ends = chain.iter().map(|certificate| Leaf::read(certificate).ok()?.not_after);
+        // One whose end cannot be read is verified each time.
+        let Some(end) = ends.collect::<Option<Vec<_>>>().and_then(|ends| ends.into_iter().min()) else { return };
+        let chain = chain.into_iter().map(CertificateDer::into_owned).collect();
+        let mut known = self.known.lock();
+        known.retain(|known: &Known| known.chain != chain && now.as_secs() < known.good.end);
+        known.truncate(MAX_KNOWN - 1);
+        known.push_front(Known { chain, good: now.as_secs()..end });
     }
 }
 

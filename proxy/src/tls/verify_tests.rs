@@ -245,3 +245,50 @@ fn flipped_bytes_never_pass_and_never_panic() {
         assert!(verdict(&authority, &[CertificateDer::from(bytes)]).is_err(), "byte {at}");
     }
 }
+
+#[test]
+fn a_chain_that_was_good_is_known_until_it_ends_and_only_to_who_found_it_good() {
+    let (authority, other) = (Authority::new(), Authority::new());
+    let verifier = |authority: &Authority, role| {
+        Verifier::new(Roots::new(&authority.roots()).expect("roots"), trust_domain(), vec![], role)
+    };
+    let ours = verifier(&authority, PeerRole::Client);
+    let known = chain(&authority, leaf_params(&spiffe("web")));
+    let (leaf, rest) = known.split_first().expect("a leaf");
+    let (now, end) = (now(), Leaf::read(leaf).expect("well-formed").not_after.expect("an end"));
+    assert!(!ours.knows(leaf, rest, now));
+    ours.verify(leaf, rest, now).expect("good");
+    ours.verify(leaf, rest, now).expect("still good");
+    assert!(ours.knows(leaf, rest, now));
+    assert_eq!(ours.known.lock().len(), 1);
+
+    let at = |seconds| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+    assert!(ours.knows(leaf, rest, at(end - 1)) && !ours.knows(leaf, rest, at(end)));
+    assert_eq!(ours.verify(leaf, rest, at(end + 1)), Err(PeerRefusal::Expired));
+    assert!(!ours.knows(leaf, rest, at(now.as_secs() - 1)), "the clock was put back");
+    assert_eq!(ours.verify(leaf, rest, at(0)), Err(PeerRefusal::NotValidYet));
+
+    let further = chain(&authority, leaf_params(&spiffe("api")));
+    assert!(!ours.knows(leaf, &further, now), "with another certificate behind it");
+    assert!(!ours.knows(&further[0], rest, now), "another leaf of the same authority");
+    assert!(!verifier(&authority, PeerRole::Server).knows(leaf, rest, now));
+    assert_eq!(verifier(&other, PeerRole::Client).verify(leaf, rest, now), Err(PeerRefusal::UnknownIssuer));
+}
+
+#[test]
+fn what_is_refused_is_not_known_and_what_is_known_is_bounded() {
+    let (authority, other) = (Authority::new(), Authority::new());
+    let roots = Roots::new(&authority.roots()).expect("roots");
+    let name = StringMatcher::exact(&spiffe("web"), false).expect("matcher");
+    let verifier = Verifier::new(roots, trust_domain(), vec![name], PeerRole::Client);
+    for (authority, service) in [(&other, "web"), (&authority, "api")] {
+        let refused = chain(authority, leaf_params(&spiffe(service)));
+        verifier.verify(&refused[0], &refused[1..], now()).expect_err("foreign, or of another name");
+    }
+    assert!(verifier.known.lock().is_empty());
+    for _ in 0..=MAX_KNOWN {
+        let good = chain(&authority, leaf_params(&spiffe("web")));
+        verifier.verify(&good[0], &good[1..], now()).expect("good");
+    }
+    assert_eq!(verifier.known.lock().len(), MAX_KNOWN);
+}
