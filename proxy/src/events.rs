@@ -50,6 +50,11 @@ impl EventReader {
         self.queue.recv().await
     }
 
+    /// The next event, if one is there.
+    pub fn try_next(&mut self) -> Option<ConnectionEvent> {
+        self.queue.try_recv().ok()
+    }
+
     /// How many were dropped since the last call.
     pub fn take_lost(&self) -> u64 {
         self.lost.swap(0, Relaxed)

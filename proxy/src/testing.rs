@@ -1,7 +1,9 @@
 //! Certificates and identities for tests, made fresh in each.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
+use culvert_types::{ConnectionEvent, ConnectionKind, Path, SpiffeId, Verdict};
 use rcgen::{
     BasicConstraints, Certificate, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     SanType,
@@ -99,4 +101,25 @@ pub(crate) fn uri(text: &str) -> SanType {
 fn uuid_byte(index: usize) -> u8 {
     use std::hash::{BuildHasher, RandomState};
     (RandomState::new().hash_one(index) & 0xff) as u8
+}
+
+/// An event that carries `number`.
+pub(crate) fn event(number: u64) -> ConnectionEvent {
+    ConnectionEvent {
+        at: SystemTime::now(),
+        kind: ConnectionKind::Close,
+        path: Path::Proxied,
+        verdict: Verdict::Allow,
+        source: SpiffeId::parse(&spiffe("web")).ok(),
+        destination: SpiffeId::parse(&spiffe("api")).ok(),
+        reporter: "web-sidecar-proxy".to_owned(),
+        inbound: false,
+        rule: None,
+        reason: None,
+        detail: None,
+        peer: None,
+        bytes_to_destination: 0,
+        bytes_to_source: number,
+        duration: Duration::ZERO,
+    }
 }

@@ -293,6 +293,10 @@ impl Supervisor {
                 self.event(record);
                 Ok(())
             }
+            ToAgent::Events(records) => {
+                records.into_iter().for_each(|record| self.event(record));
+                Ok(())
+            }
             ToAgent::EventsLost { count } => {
                 self.surroundings.events_lost(count);
                 Ok(())
@@ -425,8 +429,8 @@ impl Supervisor {
         if self.send(&worker, &ToWorker::Drain { deadline_ms }, &[]).await.is_ok() {
             let drained = async {
                 while let Ok(Some((message, _))) = worker.control.recv::<ToAgent>().await {
-                    if let ToAgent::Event(record) = message {
-                        self.event(record);
+                    if let ToAgent::Events(records) = message {
+                        records.into_iter().for_each(|record| self.event(record));
                     }
                 }
             };

@@ -152,8 +152,10 @@ pub enum ToAgent {
         /// Number of the request, unique while the socket lives.
         request: u64,
     },
-    /// Something happened to a connection.
+    /// Something happened to a connection. Of workers that came before [`Self::Events`].
     Event(EventRecord),
+    /// What happened to connections, in order. Together they fit a message: see [`EventRecord::room`].
+    Events(Vec<EventRecord>),
     /// Events that were dropped because the agent read too slowly, since the last such message.
     EventsLost {
         /// How many.
@@ -271,6 +273,18 @@ pub struct EventError {
     pub field: &'static str,
     /// The value.
     pub value: String,
+}
+
+impl EventRecord {
+    /// Most bytes that it takes in a message, whatever its texts are made of.
+    pub(crate) fn room(&self) -> usize {
+        /// Names of fields, numbers, and the words of closed sets.
+        const REST: usize = 640;
+        /// A control character, as JSON escapes it.
+        const ESCAPED: usize = 6;
+        let texts = [&self.source, &self.destination, &self.rule, &self.detail].into_iter().flatten();
+        REST + ESCAPED * (self.reporter.len() + texts.map(String::len).sum::<usize>())
+    }
 }
 
 impl From<&ConnectionEvent> for EventRecord {
@@ -419,6 +433,7 @@ mod tests {
             };
             let wire = serde_json::to_vec(&ToAgent::Event(EventRecord::from(&event))).expect("serialise");
             let ToAgent::Event(record) = serde_json::from_slice(&wire).expect("parse") else { panic!("another message") };
+            prop_assert!(wire.len() <= record.room());
             prop_assert_eq!(ConnectionEvent::try_from(record).expect("known words"), event);
         }
     }

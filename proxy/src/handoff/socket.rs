@@ -49,6 +49,7 @@ impl Message for ToAgent {
             | Self::MoreAppSockets { .. }
             | Self::ConnectXds { .. }
             | Self::Event(_)
+            | Self::Events(_)
             | Self::EventsLost { .. }
             | Self::Pong
             | Self::Status(_)

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -26,7 +26,9 @@ pub use privilege::{NOBODY, PrivilegeError, drop_all};
 pub use proxies::TRAFFIC_INTERVAL;
 
 use crate::events::{EventReader, Events};
-use crate::handoff::{ADOPTION_SOCKET, ControlSocket, EventRecord, ReceiveError, SendError, ToAgent, ToWorker};
+use crate::handoff::{
+    ADOPTION_SOCKET, ControlSocket, EventRecord, MAX_MESSAGE, ReceiveError, SendError, ToAgent, ToWorker,
+};
 use crate::metrics::Metrics;
 use crate::threads::{DataThreads, Placement};
 use crate::tls;
@@ -46,6 +48,10 @@ const LATE_CALL_PAUSE: Duration = Duration::from_secs(1);
 const ORPHAN_DRAIN: Duration = Duration::from_secs(30);
 /// Within this time after it took over, an agent has to name every proxy that shall stay.
 const RENAMING: Duration = Duration::from_secs(60);
+/// After events were sent, those that follow wait for each other this long: to wake the agent costs more than to tell it of one.
+const EVENT_REST: Duration = Duration::from_millis(10);
+/// What a message takes around its events, in bytes.
+const MESSAGE_FRAME: usize = 64;
 /// Longest wait for the last events to be read, after everything was drained.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -95,7 +101,7 @@ impl Worker {
         let (link, messages) = Link::new();
         let (events, reader) = Events::new(Arc::new(Metrics::default()));
         let proxies = Proxies::new(Arc::clone(&link), threads, events);
-        Self { link, proxies, outbox: Outbox { messages, events: reader } }
+        Self { link, proxies, outbox: Outbox { messages, events: reader, over: None } }
     }
 
     /// Serves one agent after the other, until drained.
@@ -230,6 +236,8 @@ type Parcel = (ToAgent, Option<OwnedFd>);
 struct Outbox {
     messages: mpsc::Receiver<ToAgent>,
     events: EventReader,
+    /// An event that the last message had no room for.
+    over: Option<EventRecord>,
 }
 
 impl Outbox {
@@ -241,11 +249,26 @@ impl Outbox {
                 return;
             }
         }
+        let mut rest_until = Instant::now();
         loop {
+            let Self { messages, events, over } = self;
+            let event = async {
+                if let Some(over) = over.take() {
+                    return Some(over);
+                }
+                let _in_a_hurry = timeout_at(rest_until, finish.cancelled()).await;
+                events.next().await.map(|event| EventRecord::from(&event))
+            };
             let message = tokio::select! {
                 biased;
-                Some(message) = self.messages.recv() => message,
-                Some(event) = self.events.next() => ToAgent::Event(EventRecord::from(&event)),
+                Some(message) = messages.recv() => message,
+                Some(first) = event => {
+                    let batch = self.batch(first);
+                    if self.over.is_none() {
+                        rest_until = Instant::now() + EVENT_REST;
+                    }
+                    batch
+                }
                 () = finish.cancelled() => return,
             };
             let lost = self.events.take_lost();
@@ -255,6 +278,24 @@ impl Outbox {
                 return;
             }
         }
+    }
+
+    /// `first`, and as many as wait behind it and fit the same message.
+    fn batch(&mut self, first: EventRecord) -> ToAgent {
+        let mut room = MAX_MESSAGE.saturating_sub(MESSAGE_FRAME + first.room());
+        let mut batch = vec![first];
+        while let Some(event) = self.events.try_next() {
+            let record = EventRecord::from(&event);
+            match room.checked_sub(record.room()) {
+                Some(left) => room = left,
+                None => {
+                    self.over = Some(record);
+                    break;
+                }
+            }
+            batch.push(record);
+        }
+        ToAgent::Events(batch)
     }
 }
 
@@ -333,6 +374,37 @@ mod tests {
             end = worker.attend(&control, vec![(hello(), None)]) => panic!("{end:?}"),
             () = takes => {}
         }
+    }
+
+    #[tokio::test]
+    async fn events_that_come_together_are_sent_together_and_none_is_lost() {
+        const EVENTS: u64 = 1000;
+        let threads = DataThreads::new(1).expect("thread");
+        let mut worker = Worker::new(threads.placement());
+        let events = worker.proxies.events().clone();
+        let (agent, other_end) = ControlSocket::pair().expect("socketpair");
+        let control = ControlSocket::new(other_end).expect("control socket");
+        let hears = async {
+            let (mut messages, mut next) = (0, 0);
+            while next < EVENTS {
+                let heard = agent.recv::<ToAgent>().await;
+                let Ok(Some((ToAgent::Events(records), _))) = heard else { continue };
+                messages += 1;
+                for record in records {
+                    assert_eq!(record.bytes_to_source, next, "in order");
+                    next += 1;
+                }
+            }
+            messages
+        };
+        for number in 0..EVENTS {
+            events.emit(crate::testing::event(number));
+        }
+        let messages = tokio::select! {
+            end = worker.attend(&control, vec![(hello(), None)]) => panic!("{end:?}"),
+            messages = hears => messages,
+        };
+        assert!((2..EVENTS / 5).contains(&messages), "more than a message holds, in {messages} messages");
     }
 
     #[tokio::test(start_paused = true)]

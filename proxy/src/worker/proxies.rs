@@ -51,6 +51,11 @@ impl Proxies {
         Self { link, threads, channel, events, served, running, draining: false }
     }
 
+    #[cfg(test)]
+    pub(super) fn events(&self) -> &Events {
+        &self.events
+    }
+
     /// Serves `proxy`, or goes on to: the token of the xDS stream is all that may change.
     pub(super) fn serve(&mut self, proxy: &str, cluster: &str, node: &str, token: Option<Secret>) {
         let token = token.map(|token| Token::new(token.expose().to_owned()).map_err(|error| (token, error)));

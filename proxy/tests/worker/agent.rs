@@ -304,7 +304,7 @@ async fn answer(
 fn note(seen: &Mutex<Seen>, message: ToAgent, descriptors: Vec<OwnedFd>) {
     let mut seen = seen.lock();
     match message {
-        ToAgent::Event(event) => seen.events.push(event),
+        ToAgent::Events(events) => seen.events.extend(events),
         ToAgent::Status(status) => seen.status = Some(status),
         ToAgent::Pong => seen.pongs += 1,
         ToAgent::Traffic { traffic, .. } => seen.traffic = traffic,
