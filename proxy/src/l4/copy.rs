@@ -16,12 +16,12 @@ use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
 use std::ops::Range;
-use std::pin::pin;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 
 use socket2::SockRef;
-use tokio::io::Interest;
+use tokio::io::{Interest, Ready};
 use tokio::net::TcpStream;
 
 use super::live::Live;
@@ -69,30 +69,39 @@ pub(crate) struct Traffic {
 
 /// Copies until both sides have closed. `early` is what was read behind the handshake. If this future is dropped while `live`
 /// is revoked, the peer is told that it was denied.
-pub(crate) async fn copy(
-    app: &TcpStream,
-    tunnel: &TcpStream,
+///
+/// Not an `async fn`: that would keep room for its arguments beside the pump that they are part of, for each connection.
+pub(crate) fn copy<'a>(
+    app: &'a TcpStream,
+    tunnel: &'a TcpStream,
     session: Session,
     early: Vec<u8>,
-    live: &Live,
-) -> Result<(), CopyError> {
+    live: &'a Live,
+) -> impl Future<Output = Result<(), CopyError>> {
     let mut pump = Pump::new(app, tunnel, session, early, live);
-    let mut app_broke = pin!(app.ready(Interest::ERROR));
-    let mut tunnel_broke = pin!(tunnel.ready(Interest::ERROR));
-    poll_fn(|cx| {
+    let (mut app_broke, mut tunnel_broke) = (None, None);
+    poll_fn(move |cx| {
         if let Poll::Ready(end) = pump.poll(cx) {
             return Poll::Ready(end);
         }
         // A side that nothing is read from at the moment could be reset unnoticed.
-        if !pump.reads_app() && app_broke.as_mut().poll(cx).is_ready() {
+        if !pump.reads_app() && poll_broken(&mut app_broke, app, cx).is_ready() {
             return Poll::Ready(Err(CopyError::App(broken(app))));
         }
-        if !pump.reads_tunnel() && tunnel_broke.as_mut().poll(cx).is_ready() {
+        if !pump.reads_tunnel() && poll_broken(&mut tunnel_broke, tunnel, cx).is_ready() {
             return Poll::Ready(Err(CopyError::Tunnel(broken(tunnel))));
         }
         Poll::Pending
     })
-    .await
+}
+
+/// Waits for `stream` to break. Boxed, and made only for a side that holds up or has ended: most never do while they are idle.
+fn poll_broken<'a>(
+    waits: &mut Option<Pin<Box<dyn Future<Output = io::Result<Ready>> + Send + 'a>>>,
+    stream: &'a TcpStream,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<Ready>> {
+    waits.get_or_insert_with(|| Box::pin(stream.ready(Interest::ERROR))).as_mut().poll(cx)
 }
 
 fn is_reset(error: &io::Error) -> bool {

@@ -346,10 +346,19 @@ fn moving_ranges_together_keeps_their_bytes() {
     assert_eq!(&buffer[..end], b"abcdefg");
 }
 
-#[test]
-fn an_idle_connection_is_small() {
-    let size = size_of::<Pump<'_>>();
-    assert!(size <= 320, "the copy's state has grown to {size} bytes");
+#[tokio::test]
+async fn an_idle_connection_is_small_and_holds_no_bytes_of_its_handshake() {
+    let authority = Authority::new();
+    let server_context = ServerContext::new(&authority.downstream("api")).expect("server context");
+    let client_context = ClientContext::new(&authority.upstream("web", "api")).expect("client context");
+    let (near, far) = tcp_pair().await;
+    let (called, accepted) = tokio::join!(connect(&near, &client_context), accept(&far, &server_context));
+    for established in [called.expect("client handshake"), accepted.expect("server handshake")] {
+        assert_eq!(established.early.capacity(), 0);
+        let live = nobody();
+        let size = size_of_val(&copy(&near, &far, established.session, established.early, &live));
+        assert!(size <= 320, "the copy's state has grown to {size} bytes");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::copy::{copy, deny};
 use super::listener::{Shared, State};
-use super::live::{Refusal, Story};
+use super::live::{Live, Refusal, Story};
 use super::socket::Connection;
 use crate::balance::{NoPlace, Place};
 use crate::handoff::Family;
@@ -19,7 +19,8 @@ use crate::tls::{self, Established, HandshakeError};
 /// part in one and is silent must not hold up the others.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-pub(super) async fn carry(shared: &Shared, mut story: Story<'_>, tunnel: Connection) {
+pub(super) async fn carry(shared: &Shared, live: &Live, tunnel: Connection) {
+    let mut story = shared.story(live, &shared.state.load());
     // Boxed: what is needed before the first byte of payload must not weigh on idle connections.
     let (Established { session, early, .. }, app, _place) = match Box::pin(establish(shared, &mut story, &tunnel)).await
     {
@@ -33,7 +34,7 @@ pub(super) async fn carry(shared: &Shared, mut story: Story<'_>, tunnel: Connect
         }
     };
     story.open();
-    match copy(&app, &tunnel, session, early, story.live).await {
+    match copy(&app, &tunnel, session, early, live).await {
         Ok(()) => {
             app.finish();
             tunnel.finish();

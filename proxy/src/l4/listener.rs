@@ -236,14 +236,13 @@ impl Shared {
     }
 
     async fn carry(&self, live: &Live, stream: Connection) {
-        let story = self.story(live, &self.state.load());
         match self.state.load().config.direction {
-            Direction::Inbound => inbound::carry(self, story, stream).await,
-            Direction::Outbound => outbound::carry(self, story, stream).await,
+            Direction::Inbound => inbound::carry(self, live, stream).await,
+            Direction::Outbound => outbound::carry(self, live, stream).await,
         }
     }
 
-    fn story<'a>(&'a self, live: &'a Live, state: &State) -> Story<'a> {
+    pub(super) fn story<'a>(&'a self, live: &'a Live, state: &State) -> Story<'a> {
         let inbound = state.config.direction == Direction::Inbound;
         let mut story = Story::new(live, &self.context.events, &self.context.id, inbound);
         let own = state.tls.as_ref().map(|tls| tls.own().id().clone());

@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use super::copy::copy;
 use super::inbound::HANDSHAKE_TIMEOUT;
 use super::listener::{Shared, State};
-use super::live::{Refusal, Story};
+use super::live::{Live, Refusal};
 use super::socket::Connection;
 use crate::balance::{Destination, NoPlace, Place};
 use crate::handoff::Family;
@@ -18,8 +18,9 @@ use crate::tls::{self, ClientContext, Established};
 /// Instances that are tried for one connection, where the configuration names no number.
 const DEFAULT_CONNECT_ATTEMPTS: u32 = 3;
 
-pub(super) async fn carry(shared: &Shared, mut story: Story<'_>, app: Connection) {
+pub(super) async fn carry(shared: &Shared, live: &Live, app: Connection) {
     let state = shared.state.load_full();
+    let mut story = shared.story(live, &state);
     // Boxed: what is needed before the first byte of payload must not weigh on idle connections.
     let connected = Box::pin(connect_any(&state)).await;
     drop(state); // an idle connection must not keep an old configuration alive
@@ -30,7 +31,7 @@ pub(super) async fn carry(shared: &Shared, mut story: Story<'_>, app: Connection
     story.destination = Some(peer.id().clone());
     drop(peer);
     story.open();
-    match copy(&app, &tunnel, session, early, story.live).await {
+    match copy(&app, &tunnel, session, early, live).await {
         Ok(()) => {
             app.finish();
             tunnel.finish();

@@ -210,6 +210,7 @@ impl<'a> Handshake<'a> {
                 Ok(Next::Done) if !connection.is_handshaking() => {
                     self.send().await?;
                     self.incoming.drain(..self.seen);
+                    self.incoming.shrink_to_fit(); // it stays with the connection until something more comes
                     return Ok(self.incoming);
                 }
                 Ok(Next::Receive | Next::Done) => self.show_next_record().await?,
