@@ -271,7 +271,15 @@ async fn what_is_carried_is_known_while_it_is_and_afterwards() {
     drop(other);
     carried("all have ended, and so has their listener", open(0, 12), open(0, 4), &mesh).await;
     mesh.inbound.change(|listener, _| listener.rbac = allow(&["admin"]));
-    let mut refused = call(mesh.outbound.config.borrow().listeners.values().next().expect("one").address);
+    let address = mesh.outbound.config.borrow().listeners.values().next().expect("one").address;
+    let moved = async {
+        while std::net::TcpStream::connect(address).is_err() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, moved).await.expect("the new listener listens");
+    mesh.inbound.next(ConnectionKind::Refuse).await;
+    let mut refused = call(address);
     let _reset = end(&mut refused).await;
     mesh.inbound.next(ConnectionKind::Refuse).await;
     assert_eq!(mesh.inbound.tally.read().inbound, open(0, 12), "what is refused is not open");

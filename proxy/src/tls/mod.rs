@@ -8,7 +8,8 @@
 //!
 //! No session is ever resumed: neither tickets nor session identifiers are issued or kept, so every connection is a
 //! full handshake, verified against the roots, the clock and the names of that moment. (The same chain before the same roots
-//! stays good until it ends, and its signatures are not computed again.) A resumed one would carry a verdict of the past. No 0-RTT for the same reason, and because it can be replayed.
+//! stays good until it ends, and its signatures are not computed again.) A resumed one would carry a verdict of the past.
+//! No 0-RTT for the same reason, and because it can be replayed.
 
 mod context;
 mod handshake;

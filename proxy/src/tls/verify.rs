@@ -30,6 +30,8 @@ use crate::config::StringMatcher;
 pub const MAX_CHAIN: usize = 8;
 /// Most chains that a context remembers as good: peers of one service, which are its callers or its instances.
 const MAX_KNOWN: usize = 128;
+/// Longest chain that is remembered, in bytes; ours take one or two thousand. What a peer may send is a multiple of it.
+const MAX_KNOWN_BYTES: usize = 8 * 1024;
 
 /// Why a bundle is not usable.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
@@ -279,6 +281,9 @@ impl Verifier {
     }
 
     fn remember(&self, chain: Vec<CertificateDer<'_>>, now: UnixTime) {
+        if chain.iter().map(|certificate| certificate.len()).sum::<usize>() > MAX_KNOWN_BYTES {
+            return;
+        }
         let ends = chain.iter().map(|certificate| Leaf::read(certificate).ok()?.not_after);
         // One whose end cannot be read is verified each time.
         let Some(end) = ends.collect::<Option<Vec<_>>>().and_then(|ends| ends.into_iter().min()) else { return };

@@ -286,6 +286,11 @@ fn what_is_refused_is_not_known_and_what_is_known_is_bounded() {
         verifier.verify(&refused[0], &refused[1..], now()).expect_err("foreign, or of another name");
     }
     assert!(verifier.known.lock().is_empty());
+    let mut long = chain(&authority, leaf_params(&spiffe("web")));
+    let extra = chain(&authority, leaf_params(&format!("{}{}", spiffe("web"), "x".repeat(MAX_KNOWN_BYTES))));
+    long.push(extra[0].clone());
+    verifier.verify(&long[0], &long[1..], now()).expect("good, with something too long behind it");
+    assert!(verifier.known.lock().is_empty());
     for _ in 0..=MAX_KNOWN {
         let good = chain(&authority, leaf_params(&spiffe("web")));
         verifier.verify(&good[0], &good[1..], now()).expect("good");
