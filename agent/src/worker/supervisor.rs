@@ -146,6 +146,8 @@ impl Supervisor {
 
     /// Serves one worker until it is gone or shall go.
     async fn attend(&mut self, worker: &Worker) -> Ended {
+        // What an earlier worker drained is gone with it: dropping its end tells who waits.
+        self.stopping.clear();
         self.replaced.clear();
         let all: Vec<ToWorker> = self.sockets.all().map(|served| self.serve_message(served)).collect();
         for message in all {
@@ -478,15 +480,19 @@ mod tests {
         fn events_lost(&self, _: u64) {}
     }
 
+    fn supervisor() -> (mpsc::Sender<Command>, Supervisor) {
+        let settings = WorkerSettings { data_dir: "/nonexistent".into(), node: "n1".to_owned(), log: String::new() };
+        let (handle, commands) = mpsc::channel(1);
+        let view = watch::Sender::new(WorkerView::default());
+        (handle, Supervisor::new(settings, Arc::new(Nothing), commands, view))
+    }
+
     #[tokio::test]
     async fn a_worker_that_says_something_unknown_is_served_on() {
         let (control, other_end) = ControlSocket::pair().expect("socketpair");
         rustix::net::send(&other_end, br#"{"NewsOfTomorrow":{}}"#, rustix::net::SendFlags::empty()).expect("sent");
         let other_end = ControlSocket::new(other_end).expect("control socket");
-        let settings = WorkerSettings { data_dir: "/nonexistent".into(), node: "n1".to_owned(), log: String::new() };
-        let (_handle, commands) = mpsc::channel(1);
-        let view = watch::Sender::new(WorkerView::default());
-        let mut supervisor = Supervisor::new(settings, Arc::new(Nothing), commands, view);
+        let (_handle, mut supervisor) = supervisor();
         let worker = Worker::at(control).expect("a process");
         let asks = async {
             other_end.send(&ToAgent::ConnectXds { request: 7 }, &[]).await.expect("the agent listens");
@@ -499,6 +505,17 @@ mod tests {
                 assert!(matches!(answer, Some(ToWorker::XdsConnection { request: 7, result: Ok(()) })), "{answer:?}");
             }
         }
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_a_drained_proxy_hears_of_the_next_worker() {
+        let (control, other_end) = ControlSocket::pair().expect("socketpair");
+        let (_handle, mut supervisor) = supervisor();
+        let (done, gone) = oneshot::channel();
+        supervisor.stopping.insert("web".to_owned(), Stopping { service: None, done });
+        drop(other_end);
+        supervisor.attend(&Worker::at(control).expect("a process")).await;
+        timeout(STUCK, gone).await.expect("told").expect_err("by the end of the channel");
     }
 
     #[test]
