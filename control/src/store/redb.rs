@@ -297,3 +297,67 @@ impl Store for RedbStore {
         self.inner.feed.watch(after)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(key: &str) -> Transaction {
+        let operation = Operation::Put(RowKey::new(Table::Services, key), Bytes::from_static(b"1"));
+        Transaction { guards: Vec::new(), operations: vec![operation] }
+    }
+
+    fn store() -> (tempfile::TempDir, Arc<Inner>) {
+        let directory = tempfile::tempdir().expect("a directory");
+        let store = RedbStore::open(&directory.path().join("state.redb")).expect("a new store");
+        store.inner.commit(put("first")).expect("committed");
+        (directory, store.inner)
+    }
+
+    #[test]
+    fn a_file_that_an_error_closed_is_opened_again_and_never_made_anew() {
+        let (_directory, inner) = store();
+        inner.disk.lock().database = None;
+        assert_eq!(inner.commit(put("second")).expect("committed"), Revision(2));
+        inner.disk.lock().database = None;
+        assert_eq!(inner.load().expect("loaded").rows.len(), 2);
+
+        inner.disk.lock().database = None;
+        let kept = std::fs::read(&inner.path).expect("a file");
+        std::fs::remove_file(&inner.path).expect("removed");
+        inner.commit(put("third")).expect_err("no file");
+        assert!(!inner.path.exists());
+        std::fs::write(&inner.path, "").expect("an empty file");
+        inner.commit(put("third")).expect_err("an empty file");
+        std::fs::remove_file(&inner.path).expect("removed");
+        drop(RedbStore::open(&inner.path).expect("that of another mesh"));
+        let other = inner.load().expect_err("of another mesh").to_string();
+        assert!(other.contains("it is at revision 0 instead of 2"), "{other}");
+        std::fs::write(&inner.path, kept).expect("restored");
+        assert_eq!(inner.commit(put("third")).expect("committed"), Revision(3));
+    }
+
+    /// Closes the file after a commit that is in it, as one whose number is `ahead` of that.
+    fn fail_at_the_end(inner: &Inner, ahead: u64) -> Revision {
+        let mut disk = inner.disk.lock();
+        let Ok(commit) = write(disk.database.as_ref().expect("open"), put("more")) else {
+            panic!("nothing is wrong with the file")
+        };
+        let revision = Revision(commit.revision.0 + ahead);
+        *disk = Disk { database: None, doubtful: Some(Commit { revision, ..commit }) };
+        revision
+    }
+
+    #[tokio::test]
+    async fn what_failed_at_the_end_is_told_if_the_file_has_it() {
+        let (_directory, inner) = store();
+        let mut watch = inner.feed.watch(Revision(1));
+        let revision = fail_at_the_end(&inner, 0);
+        inner.load().expect("opened again");
+        assert_eq!(watch.next().await.expect("told").revision, revision);
+        fail_at_the_end(&inner, 1);
+        let other = inner.load().expect_err("neither what was before nor what failed").to_string();
+        assert!(other.contains("it is at revision 3 instead of 2"), "{other}");
+        assert_eq!(inner.feed.latest(), Revision(2));
+    }
+}
