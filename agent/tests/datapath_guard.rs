@@ -139,6 +139,30 @@ fn what_would_open_a_guarded_port_does_not_enter() {
     }
 }
 
+/// As the bridge floods it, or sends it back.
+#[test]
+fn what_is_not_for_the_workload_is_kept_from_it_and_not_told() {
+    let Some(mut programs) = Programs::load("not_for") else { return };
+    let mut ring = aya::maps::RingBuf::try_from(programs.0.take_map(map::EVENTS).expect("a map")).expect("its type");
+    let key = PortKey { workload: 1, port: 9001, reserved: 0 };
+    programs.table::<PortKey, PortRule>(map::PORTS).insert(key, PortRule { kind: PORT_PROTECTED }, 0).expect("written");
+    let to = |mac: [u8; 6], mut frame: Vec<u8>| {
+        frame[..6].copy_from_slice(&mac);
+        frame
+    };
+    for (frame, enters, what) in [
+        (to(MAC, ipv4(OTHER_MAC, OTHER4, ADDR4, 6, 0, &tcp(80, ACK))), true, "a segment for it"),
+        (to([2, 0, 0, 0, 0, 3], ipv4(OTHER_MAC, OTHER4, ADDR4, 6, 0, &tcp(80, ACK))), false, "a segment for another"),
+        (to([2, 0, 0, 0, 0, 3], ipv4(OTHER_MAC, OTHER4, ADDR4, 6, 0, &tcp(9001, SYN))), false, "a SYN for another"),
+        (to([2, 0, 0, 0, 0, 3], arp(OTHER_MAC, OTHER_MAC, OTHER4)), false, "ARP for another"),
+        (to(MAC, ipv4(MAC, ADDR4, OTHER4, 6, 0, &tcp(80, ACK))), false, "its own"),
+        (ipv6(MAC, ADDR6, ALL_NODES, 58, &neighbour(135, Some(OTHER6), &[(1, MAC)])), false, "its own to a group"),
+    ] {
+        assert_eq!(programs.enters(&frame), enters, "{what}");
+    }
+    assert!(ring.next().is_none(), "none of it is worth telling");
+}
+
 #[test]
 fn fragments_options_and_tags_are_judged_by_what_they_carry() {
     let Some(mut programs) = Programs::load("fragments") else { return };

@@ -32,6 +32,13 @@ fn to(mac: [u8; 6], mut frame: Vec<u8>) -> Vec<u8> {
     frame
 }
 
+/// With a sequence number other than zero.
+fn numbered(segment: &[u8]) -> Vec<u8> {
+    let mut segment = segment.to_vec();
+    segment[7] = 1;
+    segment
+}
+
 /// A segment from `port`.
 fn from_port(port: u16, flags: u8) -> Vec<u8> {
     let mut segment = tcp(50_001, flags);
@@ -81,7 +88,8 @@ fn segments_of_direct_connections_that_open_nothing_go_straight() {
         (frame(&tcp(9002, ACK)), STRAIGHT, "to an application that is published too"),
         (frame(&from_port(9009, ACK)), STRAIGHT, "an answer of its own application"),
         (frame(&tcp(9001, ACK | FIN)), STRAIGHT, "the end"),
-        (frame(&tcp(9001, RST)), STRAIGHT, "a reset"),
+        (frame(&numbered(&tcp(9001, RST))), STRAIGHT, "a reset"),
+        (frame(&from_port(9009, RST | ACK)), BRIDGE, "what refuses one"),
         (to(OTHER_MAC, ipv6(MAC, ADDR6, OTHER6, 6, &tcp(9001, ACK))), STRAIGHT, "over IPv6"),
         (frame(&tcp(9001, SYN)), BRIDGE, "what opens a connection"),
         (frame(&from_port(9009, SYN | ACK)), BRIDGE, "what accepts one"),

@@ -18,8 +18,9 @@ use crate::sys::watch;
 
 /// Events that wait for the agent; further ones are counted and left out. More than the ring holds.
 pub const EVENT_QUEUE: usize = 16_384;
-/// After a look into the ring, the next one comes no sooner. Meanwhile the kernel wakes nobody: a wake-up, with its interrupt, for
-/// each event would cost a new connection more than the kernel programs do. The ring holds what comes in this time many times over.
+/// After a look into the ring, the next one comes no sooner. Meanwhile the kernel wakes the agent once: a wake-up, with its
+/// interrupt, for each event would cost a new connection more than the kernel programs do. The ring holds what comes in this time
+/// many times over.
 const REST: Duration = Duration::from_millis(10);
 
 /// A connection, or a packet that would have opened one, seen from the side that calls.

@@ -30,7 +30,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -48,13 +48,12 @@ pub use self::cgroup::unified_root;
 pub use self::config::{AttachError, DatapathConfig, DatapathUnavailable, PortKind, TableError, WorkloadLinks};
 pub use self::event::{DirectConnection, DroppedPacket, EVENT_QUEUE, Flow, KernelEvent, Protocol};
 pub use self::kernel::OBJECT;
-pub use self::revoke::FlowEnds;
+pub use self::revoke::{FlowEnds, destroy_flows};
 pub use self::tc::TcMode;
 pub use self::upstream::{Applied, Instance, REMOVAL_GRACE, Removed, Upstream, UpstreamKey};
 
 use self::kernel::{CGROUP_PROGRAMS, Kernel};
 use self::pins::Generation;
-use self::revoke::FlowPair;
 use self::workloads::Workloads;
 use crate::sys::bpf::{self, AttachType, LinkTarget};
 
@@ -210,29 +209,10 @@ impl Datapath {
         let entries = self.workload_entries().map_err(io::Error::other)?;
         let addresses: BTreeMap<u32, Vec<IpAddr>> =
             entries.iter().map(|entry| (entry.id, workloads::addresses(entry))).collect();
-        let mut by_workload: BTreeMap<u32, Vec<FlowPair>> = BTreeMap::new();
-        for &FlowEnds { source, destination, port } in ends {
-            let (Some(caller), Some(called)) = (addresses.get(&source), addresses.get(&destination)) else { continue };
-            for (from, to) in caller.iter().flat_map(|from| called.iter().map(move |to| (*from, *to))) {
-                if from.is_ipv4() == to.is_ipv4() {
-                    let pair = FlowPair { source: from, destination: to, port };
-                    by_workload.entry(source).or_default().push(pair);
-                    by_workload.entry(destination).or_default().push(pair);
-                }
-            }
-        }
-        let mut ended = 0;
-        for (workload, pairs) in by_workload {
-            if let Some(workload) = workloads.get(&workload) {
-                ended += match workload.open() {
-                    Ok(netns) => revoke::destroy(netns.as_fd(), &pairs)?,
-                    // With the namespace went its sockets.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
-                    Err(error) => return Err(error),
-                };
-            }
-        }
-        Ok(ended)
+        revoke::destroy_flows(ends, &addresses, |workload| match workloads.get(&workload) {
+            Some(workload) => workload.open(),
+            None => Err(io::ErrorKind::NotFound.into()),
+        })
     }
 
     /// Removes what programs of another layout have left, once every live workload was attached: until then they guard it.

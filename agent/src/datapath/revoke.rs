@@ -1,8 +1,9 @@
 //! The end of connections that policy no longer allows.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use super::netns;
 use super::sock_diag::{SockDiag, States, TcpSocket};
@@ -20,13 +21,13 @@ pub struct FlowEnds {
 
 /// All connections from one address to a port of another.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub(super) struct FlowPair {
+struct FlowPair {
     /// Address of the caller.
-    pub(super) source: IpAddr,
+    source: IpAddr,
     /// Address of the called.
-    pub(super) destination: IpAddr,
+    destination: IpAddr,
     /// Port of the called.
-    pub(super) port: u16,
+    port: u16,
 }
 
 impl FlowPair {
@@ -39,8 +40,42 @@ impl FlowPair {
     }
 }
 
+/// Ends every connection between `ends`, at both of them; returns how many sockets were ended. `addresses` are those of the
+/// workloads, and `open` opens the network namespace of one: if it is not found, its sockets have gone with it.
+///
+/// No kernel program is needed, so that what they once let through can be ended on a node that has none any more.
+///
+/// # Errors
+/// When a namespace cannot be entered, or its sockets cannot be listed.
+pub fn destroy_flows(
+    ends: &BTreeSet<FlowEnds>,
+    addresses: &BTreeMap<u32, Vec<IpAddr>>,
+    open: impl Fn(u32) -> io::Result<OwnedFd>,
+) -> io::Result<usize> {
+    let mut by_workload: BTreeMap<u32, Vec<FlowPair>> = BTreeMap::new();
+    for &FlowEnds { source, destination, port } in ends {
+        let (Some(caller), Some(called)) = (addresses.get(&source), addresses.get(&destination)) else { continue };
+        for (from, to) in caller.iter().flat_map(|from| called.iter().map(move |to| (*from, *to))) {
+            if from.is_ipv4() == to.is_ipv4() {
+                let pair = FlowPair { source: from, destination: to, port };
+                by_workload.entry(source).or_default().push(pair);
+                by_workload.entry(destination).or_default().push(pair);
+            }
+        }
+    }
+    let mut ended = 0;
+    for (workload, pairs) in by_workload {
+        ended += match open(workload) {
+            Ok(netns) => destroy(netns.as_fd(), &pairs)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error),
+        };
+    }
+    Ok(ended)
+}
+
 /// Ends every connection of `pairs` that has an end in `netns`, whether it is open, opening or closing; returns how many.
-pub(super) fn destroy(netns: BorrowedFd<'_>, pairs: &[FlowPair]) -> io::Result<usize> {
+fn destroy(netns: BorrowedFd<'_>, pairs: &[FlowPair]) -> io::Result<usize> {
     if pairs.is_empty() {
         return Ok(0);
     }

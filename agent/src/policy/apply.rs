@@ -1,6 +1,9 @@
 //! Brings the kernel in line with policy: on every change of the mesh, of the workloads, and when a certificate ends.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -14,7 +17,7 @@ use super::inherited::Inherited;
 use super::pairs::Pairs;
 use super::revocation::{Revoked, denied};
 use super::{AttachedWorkload, Pair, Route, RouteKey, compile};
-use crate::datapath::{Datapath, FlowEnds, Instance, PortKind, Upstream, UpstreamKey, WorkloadLinks};
+use crate::datapath::{Datapath, FlowEnds, Instance, PortKind, Upstream, UpstreamKey, WorkloadLinks, destroy_flows};
 use crate::report::chain;
 use crate::workload::Workload;
 
@@ -39,6 +42,12 @@ pub struct Attachment {
 }
 
 impl Attachment {
+    fn links(&self) -> WorkloadLinks {
+        let Workload { netns, host_ifindex, addr4, addr6, mac, .. } = &self.workload;
+        let netns = netns.clone();
+        WorkloadLinks { id: self.id, netns, host_ifindex: *host_ifindex, addr4: *addr4, addr6: *addr6, mac: mac.0 }
+    }
+
     /// Every guarded port with its kind. A published port of a mesh service stays closed to other workloads.
     fn ports(&self) -> Vec<(u16, PortKind)> {
         let kind = |port: &u16| if self.published.contains(port) { PortKind::Published } else { PortKind::Protected };
@@ -219,22 +228,16 @@ impl PolicyEngine {
 impl Inner {
     /// `Ok(false)` when something has to be tried again.
     fn attach(&mut self, attachment: Attachment, view: &MeshView) -> Result<bool, String> {
-        let Some(datapath) = &mut self.datapath else { return Ok(true) };
         let id = attachment.id;
-        let workload = &attachment.workload;
-        let links = WorkloadLinks {
-            id,
-            netns: workload.netns.clone(),
-            host_ifindex: workload.host_ifindex,
-            addr4: workload.addr4,
-            addr6: workload.addr6,
-            mac: workload.mac.0,
-        };
-        datapath.attach(&links).map_err(|error| chain(&error))?;
+        if let Some(datapath) = &mut self.datapath {
+            datapath.attach(&attachment.links()).map_err(|error| chain(&error))?;
+        }
         let steered = self.attached.remove(&id).map(|attached| attached.steered).unwrap_or_default();
-        let mut ports = attachment.ports();
-        ports.extend(steered.iter().map(|port| (*port, PortKind::Steered)));
-        datapath.set_ports(id, &ports).map_err(|error| chain(&error))?;
+        if let Some(datapath) = &mut self.datapath {
+            let mut ports = attachment.ports();
+            ports.extend(steered.iter().map(|port| (*port, PortKind::Steered)));
+            datapath.set_ports(id, &ports).map_err(|error| chain(&error))?;
+        }
         self.attached.insert(id, Attached { attachment, steered });
         self.awaited.remove(&id);
         self.finish_takeover();
@@ -296,9 +299,6 @@ impl Inner {
     ///
     /// `false` when something has to be tried again.
     fn reconcile(&mut self, view: &MeshView) -> bool {
-        if self.datapath.is_none() {
-            return true;
-        }
         let workloads: Vec<AttachedWorkload> = self.attached.values().map(Attached::workload).collect();
         let applied = self.apply(view, compile(view, &workloads, SystemTime::now()));
         let denied = denied(view, &workloads, &self.pairs);
@@ -333,13 +333,15 @@ impl Inner {
 
     /// Ends live connections that are `denied` and were not, or were perhaps not ended.
     fn end(&mut self, denied: &BTreeMap<FlowEnds, String>) -> bool {
-        let Some(datapath) = &self.datapath else { return true };
         let new: BTreeMap<_, _> = denied.iter().filter(|(ends, _)| !self.denied.contains(ends)).collect();
         if new.is_empty() {
             return true;
         }
         let (from, ends) = (SystemTime::now(), new.keys().map(|ends| **ends).collect());
-        let destroyed = datapath.destroy_flows(&ends);
+        let destroyed = match &self.datapath {
+            Some(datapath) => datapath.destroy_flows(&ends),
+            None => self.destroy_without_programs(&ends),
+        };
         self.revoked.note(new, from, SystemTime::now());
         match destroyed {
             Ok(0) => true,
@@ -352,6 +354,22 @@ impl Inner {
                 false
             }
         }
+    }
+}
+
+impl Inner {
+    /// What an earlier agent's programs let through lives on without them.
+    fn destroy_without_programs(&self, ends: &BTreeSet<FlowEnds>) -> io::Result<usize> {
+        let workload = |id: u32| self.attached.get(&id).map(|attached| &attached.attachment.workload);
+        let of = |workload: &Workload| {
+            let v6 = workload.addr6.map(IpAddr::from);
+            std::iter::once(workload.addr4.into()).chain(v6).collect()
+        };
+        let addresses = self.attached.keys().filter_map(|id| Some((*id, of(workload(*id)?)))).collect();
+        destroy_flows(ends, &addresses, |id| match workload(id) {
+            Some(workload) => Ok(File::open(&workload.netns)?.into()),
+            None => Err(io::ErrorKind::NotFound.into()),
+        })
     }
 }
 

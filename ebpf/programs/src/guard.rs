@@ -44,14 +44,15 @@ pub fn from_workload(ctx: &TcContext) -> Passage {
 /// The veth of the workload at the other end of a direct connection, for a segment that the workload itself has sent.
 ///
 /// Past the bridge, because the host's packet filter may hang at it (`br_netfilter`) and costs more than all else on the way.
-/// The segments that open a connection still go by the bridge, so the filter has its say about every connection. An
-/// application's port tells direct connections from others: no other connection of a workload gets there.
+/// What opens a connection, or answers that, still goes by the bridge, so the filter has its say about every connection and
+/// its tracking learns of a refusal. An application's port tells direct connections from others: no other connection from a
+/// workload gets there. (One that leaves from such a port goes straight as well, which does it no harm.)
 #[inline(always)]
 fn shortcut(ctx: &TcContext, workload: &Workload) -> Option<u32> {
     let segment = Segment::peek(ctx)?;
     let Segment { ethernet, flow, .. } = &segment;
     let own = ethernet.source.same(&workload.mac) && workload.owns(&flow.source);
-    if !own || segment.synchronises() || field!(ctx.skb.skb, vlan_present) != 0 {
+    if !own || segment.begins() || field!(ctx.skb.skb, vlan_present) != 0 {
         return None;
     }
     let other = workload_by_address(&flow.destination)?;
@@ -93,12 +94,16 @@ fn is_honest(ctx: &TcContext, workload: &Workload) -> bool {
 /// A packet to the workload: may it pass?
 #[inline(always)]
 pub fn to_workload(ctx: &TcContext) -> bool {
-    if Segment::peek(ctx).is_some_and(|segment| !segment.opens()) {
-        return true;
+    let workload = workload_by_interface(field!(ctx.skb.skb, ifindex));
+    if let Some(segment) = Segment::peek(ctx) {
+        if !segment.opens() {
+            return workload.is_none_or(|workload| segment.ethernet.is_for(workload));
+        }
     }
-    let Some(workload) = workload_by_interface(field!(ctx.skb.skb, ifindex)) else { return false };
+    let Some(workload) = workload else { return false };
     let Some(ethernet) = Ethernet::read(ctx) else { return false };
-    if field!(ctx.skb.skb, vlan_present) != 0 {
+    // The bridge floods what it does not know the way of: nothing that would be worth telling.
+    if !ethernet.is_for(workload) || field!(ctx.skb.skb, vlan_present) != 0 {
         return false;
     }
     if ethernet.kind() == ETHERTYPE_ARP {

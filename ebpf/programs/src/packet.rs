@@ -1,7 +1,7 @@
 //! Reading packets at the veth: Ethernet, ARP, IPv4, IPv6 with its extension headers. Whatever cannot be read is none.
 
 use aya_ebpf::programs::TcContext;
-use culvert_ebpf_common::{Address, FlowKey, Mac};
+use culvert_ebpf_common::{Address, FlowKey, Mac, Workload};
 
 pub const ETHERTYPE_IPV4: u16 = 0x0800;
 pub const ETHERTYPE_ARP: u16 = 0x0806;
@@ -76,6 +76,7 @@ struct Tcp {
 
 /// Flags of a TCP header.
 const SYN: u8 = 0x02;
+const RST: u8 = 0x04;
 const ACK: u8 = 0x10;
 
 /// A segment of TCP over IP without options, extensions or fragments, whose headers lie in place: what goes on all the time,
@@ -85,6 +86,8 @@ pub struct Segment {
     pub ethernet: Ethernet,
     pub flow: FlowKey,
     flags: u8,
+    /// The sequence number is zero.
+    first: bool,
 }
 
 impl Segment {
@@ -113,7 +116,9 @@ impl Segment {
             _ => return None,
         };
         let [source_port, destination_port] = [u16::from_be(tcp.ports[0]), u16::from_be(tcp.ports[1])];
-        Some(Self { ethernet, flow: FlowKey { source, destination, source_port, destination_port }, flags: tcp.flags })
+        let flow = FlowKey { source, destination, source_port, destination_port };
+        let first = tcp.numbers[0] | tcp.numbers[1] == 0;
+        Some(Self { ethernet, flow, flags: tcp.flags, first })
     }
 
     /// Does it open a connection?
@@ -122,10 +127,10 @@ impl Segment {
         opens(self.flags)
     }
 
-    /// Does it open a connection, or accept one?
+    /// Does it open a connection, or accept or refuse one? A refusal has the sequence number zero (RFC 9293 §3.5.2).
     #[inline(always)]
-    pub fn synchronises(&self) -> bool {
-        self.flags & SYN != 0
+    pub fn begins(&self) -> bool {
+        self.flags & SYN != 0 || self.flags & RST != 0 && self.first
     }
 }
 
@@ -188,6 +193,13 @@ impl Ethernet {
     #[inline(always)]
     pub fn kind(&self) -> u16 {
         u16::from_be(self.kind)
+    }
+
+    /// Is the frame for `workload`, or for a group or all, and not its own that the bridge has sent back?
+    #[inline(always)]
+    pub fn is_for(&self, workload: &Workload) -> bool {
+        let group = self.destination.halves[0].to_ne_bytes()[0] & 1 != 0;
+        (group || self.destination.same(&workload.mac)) && !self.source.same(&workload.mac)
     }
 }
 
