@@ -16,8 +16,9 @@ use hyper::body::Incoming;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
@@ -30,8 +31,12 @@ use crate::metrics::Metrics;
 const MAX_HEADER: usize = 64 << 10;
 /// Pause after a failed accept: running out of descriptors must not spin.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
-/// Time to tell a client that it has too many connections.
+/// Time to tell a client that it has too many connections, and for it to read that.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// Most bytes of its request that are read meanwhile, and thrown away.
+const MAX_REFUSED_REQUEST: u64 = 256 << 10;
+/// Clients that are given that time at once; others are told and closed.
+const MAX_REFUSALS: usize = 64;
 /// What it is told.
 const REFUSAL: &[u8] = b"HTTP/1.1 429 Too Many Requests\r\nContent-Type: text/plain; charset=utf-8\r\n\
     Connection: close\r\nContent-Length: 50\r\n\r\nYour IP is issuing too many concurrent connections";
@@ -100,6 +105,7 @@ impl HttpServer {
             limits: self.limits,
             metrics: self.metrics,
             clients: Mutex::default(),
+            refusals: Arc::new(Semaphore::new(MAX_REFUSALS)),
             drain: drain.clone(),
             force: force.clone(),
             connections: connections.clone(),
@@ -125,6 +131,7 @@ struct Shared {
     metrics: Metrics,
     /// Open connections by client.
     clients: Mutex<HashMap<IpAddr, usize>>,
+    refusals: Arc<Semaphore>,
     drain: CancellationToken,
     force: CancellationToken,
     connections: TaskTracker,
@@ -147,13 +154,17 @@ impl Shared {
                 }
             };
             match Place::take(&self, peer.ip()) {
-                Some(place) => self.connections.spawn(Arc::clone(&self).serve(stream, peer, place)),
+                Some(place) => drop(self.connections.spawn(Arc::clone(&self).serve(stream, peer, place))),
                 None => {
                     self.metrics.connection_refused();
                     debug!(%peer, "HTTP API: too many connections");
-                    self.connections.spawn(refuse(stream))
+                    match Arc::clone(&self.refusals).try_acquire_owned() {
+                        Ok(place) => drop(self.connections.spawn(refuse(stream, place))),
+                        // A new socket has room for it.
+                        Err(_) => drop(stream.try_write(REFUSAL)),
+                    }
                 }
-            };
+            }
         }
     }
 
@@ -197,9 +208,15 @@ impl Shared {
     }
 }
 
-async fn refuse(mut stream: TcpStream) {
+/// Closed with its request unread, a connection is reset, and the client may never see the answer (RFC 9112 §9.6).
+async fn refuse(mut stream: TcpStream, _place: OwnedSemaphorePermit) {
+    let told = async {
+        stream.write_all(REFUSAL).await?;
+        stream.shutdown().await?;
+        tokio::io::copy(&mut stream.take(MAX_REFUSED_REQUEST), &mut tokio::io::sink()).await
+    };
     // Best effort: a client that does not read is closed all the same.
-    if let Ok(Err(err)) = tokio::time::timeout(REFUSAL_TIMEOUT, stream.write_all(REFUSAL)).await {
+    if let Ok(Err(err)) = tokio::time::timeout(REFUSAL_TIMEOUT, told).await {
         debug!(%err, "HTTP API: refusal not sent");
     }
 }

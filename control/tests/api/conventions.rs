@@ -269,6 +269,41 @@ async fn one_client_cannot_take_every_connection() {
 }
 
 #[tokio::test]
+async fn a_client_that_is_refused_may_finish_its_request_before_it_reads_the_answer() {
+    let mut limited = config();
+    limited.limits = HttpLimits { max_connections: 0, ..HttpLimits::default() };
+    let server = Server::with(limited).await;
+    let mut stream = TcpStream::connect(server.control.http_addrs()[0]).await.expect("connected");
+    let head = "PUT /v1/agent/service/register HTTP/1.1\r\nHost: localhost\r\nContent-Length: 32768\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.expect("sent");
+    stream.readable().await.expect("answered");
+    for _ in 0..32 {
+        stream.write_all(&[b'x'; 1024]).await.expect("not reset");
+        tokio::time::sleep(Duration::from_millis(2)).await; // for a reset to arrive
+    }
+    let mut answer = String::new();
+    tokio::time::timeout(PATIENCE, stream.read_to_string(&mut answer)).await.expect("in time").expect("not reset");
+    assert!(answer.starts_with("HTTP/1.1 429"), "{answer}");
+}
+
+#[tokio::test]
+async fn a_client_that_is_refused_is_not_listened_to_for_long() {
+    let mut limited = config();
+    limited.limits = HttpLimits { max_connections: 0, ..HttpLimits::default() };
+    let server = Server::with(limited).await;
+    let mut stream = TcpStream::connect(server.control.http_addrs()[0]).await.expect("connected");
+    let talks = async { while stream.write_all(&[b'x'; 1024]).await.is_ok() {} };
+    tokio::time::timeout(PATIENCE, talks).await.expect("cut off by bytes");
+    let mut silent = TcpStream::connect(server.control.http_addrs()[0]).await.expect("connected");
+    let closed = async {
+        while silent.write_all(b"x").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, closed).await.expect("cut off by time");
+}
+
+#[tokio::test]
 async fn slow_requests_are_cut_off() {
     let mut impatient = config();
     let (header_timeout, body_timeout) = (Duration::from_millis(300), Duration::from_millis(300));
