@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use culvert_types::{ConnectionEvent, ConnectionKind};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::timeout;
 use tracing::{info, warn};
@@ -51,6 +51,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 async fn serve(args: &Args, bootstrap: Bootstrap, threads: Arc<Placement>) -> anyhow::Result<()> {
+    let mut signals = Signals::new().context("watch for signals")?;
     let metrics = Arc::new(Metrics::default());
     let (events, reader) = Events::new(Arc::clone(&metrics));
     let (publish, status) = watch::channel(ProxyStatus::default());
@@ -70,27 +71,34 @@ async fn serve(args: &Args, bootstrap: Bootstrap, threads: Arc<Placement>) -> an
     let (stop, stopped) = oneshot::channel();
     let mut running = tokio::spawn(proxy.run(feed, publish, stopped));
     info!(proxy = bootstrap.node.id, "sidecar starts");
-    ended().await?;
+    signals.ended().await;
     let _proxy_listens = stop.send(args.drain_time);
     tokio::select! {
         done = &mut running => done.context("the proxy failed")?,
-        again = ended() => {
-            again?;
-            warn!("told twice to end: connections that are open are reset");
-        }
+        () = signals.ended() => warn!("told twice to end: connections that are open are reset"),
     }
     drop(log);
     Ok(())
 }
 
-/// Waits for SIGTERM or SIGINT.
-async fn ended() -> io::Result<()> {
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+/// SIGTERM and SIGINT. Made once: what comes between two waits is not lost.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
-    Ok(())
+
+    /// Waits for either of them.
+    async fn ended(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
 
 async fn log_events(mut reader: EventReader) {
@@ -168,4 +176,22 @@ async fn answer(mut stream: TcpStream, status: &watch::Receiver<ProxyStatus>, me
     stream.write_all(head.as_bytes()).await?;
     stream.write_all(body.as_bytes()).await?;
     stream.shutdown().await
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::process::{Signal, getpid, kill_process};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_second_signal_is_heard_however_soon_it_comes() {
+        let mut signals = Signals::new().expect("watched");
+        for signal in [Signal::TERM, Signal::INT] {
+            kill_process(getpid(), signal).expect("sent");
+        }
+        for _ in 0..2 {
+            timeout(ADMIN_TIMEOUT, signals.ended()).await.expect("heard");
+        }
+    }
 }
