@@ -22,7 +22,7 @@ use tokio::runtime::{Handle, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{OnceCell, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::config::Settings;
 use crate::datapath::{Datapath, DatapathConfig, unified_root};
@@ -31,7 +31,7 @@ use crate::policy::{self, PolicyEngine};
 use crate::report::chain;
 use crate::routes::{self, Ask, NodeState, RouteState};
 use crate::runner::{NodeServices, Records, Runner, WorkloadDialer};
-use crate::task::{ExecutorCommand, sweep};
+use crate::task::{ExecutorCommand, descriptors, sweep};
 use crate::worker::{self, Surroundings, WorkerHandle, WorkerSettings};
 use crate::workload::{AllocId, Network, NetworkSettings, NodeFile};
 use crate::{lock, metrics};
@@ -65,6 +65,8 @@ pub fn run(settings: Settings, again: SettingsSource) -> anyhow::Result<()> {
     refuse_emptied_state(&data_dir)?;
     let node_file = NodeFile::load_or_create(&data_dir)?;
     worker::check_record(&data_dir)?;
+    let limit = descriptors::raise().context("raise the limit of open descriptors")?;
+    debug!(?limit, "open descriptors");
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("node").enable_all().build()?;
     let control_runtime = unprivileged_runtime()?;

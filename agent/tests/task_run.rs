@@ -76,6 +76,20 @@ fn a_task_gets_its_own_environment_and_nothing_else() {
 }
 
 #[test]
+fn a_task_may_open_as_many_files_as_before_the_agent_raised_its_own_limit() {
+    in_world("nofile", |world| async move {
+        let before = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        let low = rustix::process::Rlimit { current: Some(512), ..before };
+        rustix::process::setrlimit(rustix::process::Resource::Nofile, low).expect("lowered");
+        assert_eq!(culvert_agent::task::descriptors::raise().expect("raised"), before.maximum);
+        for driver in BOTH {
+            let (status, text) = run_to_end(&spec(&world, driver, "ulimit -Sn")).await;
+            assert_eq!((status.success(), text.trim()), (true, "512"), "{driver}");
+        }
+    });
+}
+
+#[test]
 fn output_is_rotated_and_streams_are_kept_apart() {
     in_world("rotation", |world| async move {
         let script = "i=0; while [ $i -lt 30000 ]; do echo \"line $i with some text to fill the file up to its size .........\"; \

@@ -12,6 +12,7 @@
 //! Left out: what a job file means, interpolation, service registration. The runner does that.
 
 mod cgroup;
+pub mod descriptors;
 mod dirs;
 pub mod executor;
 pub mod logs;

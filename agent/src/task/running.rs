@@ -13,6 +13,7 @@ use rustix::process::{PidfdFlags, WaitId, WaitIdOptions, pidfd_open, pidfd_send_
 use tokio::io::Interest;
 
 use crate::task::cgroup::{self, Hierarchies};
+use crate::task::descriptors;
 use crate::task::executor::{StartReply, TaskUser};
 use crate::task::record::{EXIT_FILE, ExitFile, ExitStatus, ProcessIdentity, TaskRecord, read_json};
 use crate::task::spec::{Driver, Signal, SpecError, TaskSpec};
@@ -102,6 +103,8 @@ pub async fn start(spec: TaskSpec, executor: &ExecutorCommand) -> Result<Running
     let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
     let pidfd = open_pidfd(child.id()).map_err(failed)?;
     let guard = KillOnDrop(Some(pidfd.try_clone().map_err(failed)?));
+    // It waits for its specification, and has started nothing yet.
+    descriptors::restore(child.id()).map_err(failed)?;
     let name = spec.cgroup();
     let talk = tokio::task::spawn_blocking(move || -> io::Result<StartReply> {
         let (mut stdin, mut stdout) =
