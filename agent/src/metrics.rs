@@ -63,6 +63,15 @@ impl Collector for WorkerMetrics {
         for proxy in view.proxies.values() {
             number(u64::from(proxy.ready)).encode(family.encode_family(&[("proxy", proxy.proxy.as_str())])?)?;
         }
+        let mut family = encoder.encode_descriptor(
+            "proxy_failures",
+            "How often the worker gave up a proxy that it should serve",
+            None,
+            restarts.metric_type(),
+        )?;
+        for (proxy, failures) in &view.proxy_failures {
+            number(*failures).encode(family.encode_family(&[("proxy", proxy.as_str())])?)?;
+        }
         Ok(())
     }
 }

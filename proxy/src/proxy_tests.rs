@@ -286,6 +286,16 @@ async fn what_is_carried_is_known_while_it_is_and_afterwards() {
 }
 
 #[tokio::test]
+async fn a_proxy_that_fails_leaves_no_connection_to_a_policy_that_nobody_follows() {
+    let mut mesh = Mesh::start(&["web"]).await;
+    let mut client = mesh.client();
+    ping(&mut client, b"carried").await.expect("echo");
+    mesh.inbound.task.abort(); // its parts are dropped as by a panic
+    end(&mut client).await.expect_err("reset");
+    assert_eq!(mesh.inbound.next(ConnectionKind::Close).await.bytes_to_destination, 7);
+}
+
+#[tokio::test]
 async fn a_denied_connection_is_reset_and_told_with_its_rule() {
     let mut mesh = Mesh::start(&["admin"]).await;
     for first in [&b""[..], b"the caller speaks before it is judged"] {

@@ -60,6 +60,10 @@ fn print_status(status: &AgentStatus, output: &mut Output<'_>) -> std::io::Resul
         let text = format!("{} refuses {}: {}", proxy.id, nack.resource, nack.reason);
         output.line(output.paint(Colour::Yellow, text))?;
     }
+    for proxy in status.worker.proxies.iter().filter(|proxy| proxy.failures > 0) {
+        let text = format!("{} failed in the worker and was started again, {} times", proxy.id, proxy.failures);
+        output.line(output.paint(Colour::Yellow, text))?;
+    }
     Ok(())
 }
 

@@ -51,7 +51,9 @@ pub(super) async fn status(State(state): State<Arc<RouteState>>) -> Result<Json<
     let node = state.node()?;
     let view = node.mesh.borrow().clone();
     let worker = node.worker.view().borrow().clone();
+    let failures = worker.proxy_failures;
     let proxies = worker.proxies.into_values().map(|proxy| ProxyStatus {
+        failures: failures.get(&proxy.proxy).copied().unwrap_or_default(),
         id: proxy.proxy,
         ready: proxy.ready,
         xds_version: proxy.xds_version,

@@ -7,6 +7,7 @@
 //! The worker is the less trusted end. It gets sockets only in network namespaces of workloads that were announced with
 //! [`WorkerHandle::serve`], and listeners only at the addresses named there.
 
+mod backoff;
 mod process;
 mod sockets;
 mod supervisor;
@@ -69,6 +70,8 @@ pub struct WorkerView {
     pub restarts: u64,
     /// What it last said of each proxy. Emptied when the worker goes away.
     pub proxies: BTreeMap<String, ProxyStatus>,
+    /// How often the worker gave up a proxy that it should serve; each was served again.
+    pub proxy_failures: BTreeMap<String, u64>,
 }
 
 enum Command {

@@ -16,6 +16,8 @@ use crate::task::{ProcessIdentity, end_of, read_json, write_json};
 const FILE: &str = "worker.json";
 /// How long a recorded worker may take to call a new agent. It calls every 100 ms.
 const ADOPT_WITHIN: Duration = Duration::from_secs(3);
+/// Pause after a call that could not be answered.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// How workers are started.
 #[derive(Clone, Debug)]
@@ -140,7 +142,15 @@ fn kill(process: &ProcessIdentity) -> io::Result<()> {
 async fn await_call(process: &ProcessIdentity) -> io::Result<ControlSocket> {
     let listener = AdoptionListener::bind(ADOPTION_SOCKET)?;
     loop {
-        let (control, caller) = listener.accept().await?;
+        let (control, caller) = match listener.accept().await {
+            Ok(called) => called,
+            Err(error) => {
+                // For want of descriptors, say. The caller waits, and a live worker is worth another try.
+                warn!(%error, pid = process.pid, "the running worker calls, but cannot be answered yet");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
         if u32::try_from(caller.pid).is_ok_and(|pid| pid == process.pid) && process.exists() {
             return Ok(control);
         }

@@ -9,21 +9,16 @@ use culvert_proxy::handoff::{ProxyStatus, ReceiveError, SendError, ToAgent, ToWo
 use culvert_types::{ConnectionEvent, ServiceIdentity};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until, timeout};
 use tracing::{debug, error, info, warn};
 
 use crate::report::chain;
 
+use super::backoff::{Failed, next_pause};
 use super::process::{self, Worker};
 use super::sockets::Sockets;
 use super::{Command, Surroundings, WorkerSettings, WorkerView};
 
-/// First pause before a worker that keeps ending is started again; doubled up to [`MAX_PAUSE`].
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// Longest pause between two starts.
-const MAX_PAUSE: Duration = Duration::from_secs(5);
-/// A worker that lived this long was not the cause of its own end: the next start does not wait.
-const SETTLED: Duration = Duration::from_secs(10);
 /// A worker that does not read its control socket for this long is stuck, and replaced.
 const STUCK: Duration = Duration::from_secs(5);
 
@@ -31,6 +26,9 @@ const STUCK: Duration = Duration::from_secs(5);
 const PING_EVERY: Duration = Duration::from_secs(5);
 /// A worker that owes so many answers hangs, and is replaced.
 const PINGS_OWED: u32 = 3;
+
+/// Pause before a worker is taken over again whose descriptors did not all come: somebody may close some meanwhile.
+const TAKE_OVER_PAUSE: Duration = Duration::from_secs(1);
 
 /// Most listeners that are kept for proxies not announced yet: more than a node has workloads.
 const MAX_BROUGHT: usize = 4096;
@@ -48,6 +46,8 @@ pub struct Supervisor {
     replaced: BTreeSet<String>,
     /// Proxies that are being drained.
     stopping: BTreeMap<String, Stopping>,
+    /// Proxies that the worker gave up unasked.
+    failed: Failed,
     /// Pings that the present worker has not answered.
     owed: u32,
 }
@@ -56,13 +56,17 @@ pub struct Supervisor {
 struct Stopping {
     /// Not known of a proxy that an earlier agent served.
     service: Option<String>,
-    /// Waits for the end.
-    done: oneshot::Sender<()>,
+    /// Wait for the end.
+    waiting: Vec<oneshot::Sender<()>>,
+    /// When the worker should have told of the end long since; `None` for never.
+    overdue: Option<Instant>,
 }
 
 /// Why the inner loop returned.
 enum Ended {
     WorkerGone,
+    /// Descriptors that the worker sent got lost. It lives, and tells all again when it is taken over anew.
+    Incomplete,
     /// The agent ends and leaves the worker at work.
     Left,
     Shutdown(Duration, oneshot::Sender<()>),
@@ -76,8 +80,8 @@ impl Supervisor {
         view: watch::Sender<WorkerView>,
     ) -> Self {
         let (sockets, brought, replaced) = (Sockets::default(), Vec::new(), BTreeSet::new());
-        let stopping = BTreeMap::new();
-        Self { settings, surroundings, commands, view, sockets, brought, replaced, stopping, owed: 0 }
+        let (stopping, failed) = (BTreeMap::new(), Failed::default());
+        Self { settings, surroundings, commands, view, sockets, brought, replaced, stopping, failed, owed: 0 }
     }
 
     /// Runs until [`super::WorkerHandle::shutdown`], or until every handle is gone.
@@ -85,19 +89,20 @@ impl Supervisor {
         let mut pause = Duration::ZERO;
         let mut next = Worker::adopt(&self.settings).await;
         let mut starts: u64 = 0;
+        let mut again = false;
         loop {
             let worker = match next.take().map_or_else(|| Worker::start(&self.settings), Ok) {
                 Ok(worker) => worker,
                 Err(error) => {
                     error!(%error, "cannot start the worker; mesh connections are refused until it runs");
-                    pause = (pause * 2).clamp(FIRST_PAUSE, MAX_PAUSE);
+                    pause = next_pause(pause, Duration::ZERO);
                     if self.wait(pause).await.is_break() {
                         return;
                     }
                     continue;
                 }
             };
-            starts += 1;
+            starts += u64::from(!std::mem::take(&mut again));
             let started = Instant::now();
             self.view.send_modify(|view| {
                 (view.pid, view.restarts) = (Some(worker.process.pid), starts - 1);
@@ -109,10 +114,16 @@ impl Supervisor {
             match ended {
                 Ended::Shutdown(deadline, done) => return self.shut_down(worker, deadline, done).await,
                 Ended::Left => return,
+                Ended::Incomplete => {
+                    drop(worker); // it calls again, as if this were the next agent
+                    sleep(TAKE_OVER_PAUSE).await;
+                    next = Worker::adopt(&self.settings).await;
+                    again = next.is_some();
+                    continue;
+                }
                 Ended::WorkerGone => worker.end().await,
             }
-            pause =
-                if started.elapsed() >= SETTLED { Duration::ZERO } else { (pause * 2).clamp(FIRST_PAUSE, MAX_PAUSE) };
+            pause = next_pause(pause, started.elapsed());
             let at_once = starts == 1; // the first end is answered at once: backlogs are waiting
             warn!(?pause, "the worker ended; starting another");
             if !at_once && self.wait(pause).await.is_break() {
@@ -132,6 +143,7 @@ impl Supervisor {
                     Some(Command::Serve(served)) => self.sockets.serve(served),
                     Some(Command::Stop { proxy, done, .. }) => {
                         self.sockets.remove(&proxy);
+                        self.view.send_modify(|view| _ = view.proxy_failures.remove(&proxy));
                         tell(done);
                     }
                     Some(Command::Shutdown { done, .. }) => {
@@ -149,6 +161,7 @@ impl Supervisor {
         // What an earlier worker drained is gone with it: dropping its end tells who waits.
         self.stopping.clear();
         self.replaced.clear();
+        self.failed.clear();
         let all: Vec<ToWorker> = self.sockets.all().map(|served| self.serve_message(served)).collect();
         for message in all {
             if self.send(worker, &message, &[]).await.is_err() {
@@ -161,6 +174,7 @@ impl Supervisor {
         loop {
             let result = tokio::select! {
                 _ = pings.tick() => self.ping(worker).await,
+                proxy = self.failed.due() => self.serve_anew(worker, &proxy).await,
                 command = self.commands.recv() => match command {
                     None => return Ended::Left,
                     Some(Command::Shutdown { deadline, done }) => return Ended::Shutdown(deadline, done),
@@ -174,6 +188,10 @@ impl Supervisor {
                     Err(ReceiveError::Parse(error)) => {
                         warn!(%error, "the worker said what is not understood; left out");
                         Ok(())
+                    }
+                    Err(error @ ReceiveError::DescriptorsLost) => {
+                        error!(%error, pid = worker.process.pid, "a listener of the worker was lost; taking it over again");
+                        return Ended::Incomplete;
                     }
                     Err(error) => {
                         warn!(%error, "the worker sent what is not understood; replacing it");
@@ -214,8 +232,16 @@ impl Supervisor {
         for (_, address, listener) in Vec::from_iter::<Vec<_>>(mine) {
             self.adopt(worker, &proxy, address, listener).await?;
         }
-        if self.replaced.contains(&proxy) {
-            return Ok(()); // served again once it has stopped
+        if self.replaced.contains(&proxy) || self.failed.waits(&proxy) {
+            return Ok(()); // served again once it has stopped, or its pause is over
+        }
+        if let Some(stopping) = self.stopping.get(&proxy) {
+            // The worker would refuse it before it has stopped.
+            self.view.send_modify(|view| drop(view.proxies.remove(&proxy)));
+            if stopping.overdue.is_none_or(|overdue| Instant::now() < overdue) {
+                return Ok(());
+            }
+            self.stopping.remove(&proxy);
         }
         self.send(worker, &message, &[]).await
     }
@@ -253,12 +279,21 @@ impl Supervisor {
         let brought = self.brought.iter().any(|(owner, ..)| *owner == proxy);
         self.brought.retain(|(owner, ..)| *owner != proxy);
         let service = self.sockets.get(&proxy).map(|served| served.service.clone());
-        if service.is_none() && !brought {
+        self.sockets.remove(&proxy);
+        let rests = self.failed.waits(&proxy);
+        self.failed.forget(&proxy);
+        self.view.send_modify(|view| _ = view.proxy_failures.remove(&proxy));
+        if let Some(stopping) = self.stopping.get_mut(&proxy) {
+            stopping.waiting.push(done);
+            return Ok(());
+        }
+        if rests || service.is_none() && !brought {
+            self.view.send_modify(|view| drop(view.proxies.remove(&proxy)));
             tell(done);
             return Ok(());
         }
-        self.sockets.remove(&proxy);
-        self.stopping.insert(proxy.clone(), Stopping { service, done });
+        let overdue = Instant::now().checked_add(deadline).and_then(|end| end.checked_add(STUCK));
+        self.stopping.insert(proxy.clone(), Stopping { service, waiting: vec![done], overdue });
         let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
         self.send(worker, &ToWorker::Stop { proxy, deadline_ms }, &[]).await
     }
@@ -320,20 +355,36 @@ impl Supervisor {
             ToAgent::Stopped { proxy } => {
                 // A listener that nobody asks for any more would keep its network namespace.
                 self.brought.retain(|(owner, ..)| *owner != proxy);
-                self.view.send_modify(|view| drop(view.proxies.remove(&proxy)));
                 self.surroundings.no_traffic(Some(&proxy));
-                if let Some(stopping) = self.stopping.remove(&proxy) {
-                    tell(stopping.done);
-                }
-                self.serve_anew(worker, &proxy).await
+                self.stopped(worker, &proxy).await
             }
         }
     }
 
-    /// Serves a proxy that was stopped to be replaced.
+    /// The worker does not serve `proxy` any more. If it shall, it is told so again.
+    async fn stopped(&mut self, worker: &Worker, proxy: &str) -> Result<(), ()> {
+        let stopping = self.stopping.remove(proxy);
+        let asked = self.replaced.remove(proxy) || stopping.is_some();
+        self.view.send_modify(|view| drop(view.proxies.remove(proxy)));
+        stopping.into_iter().flat_map(|stopping| stopping.waiting).for_each(tell);
+        if asked {
+            return self.serve_anew(worker, proxy).await;
+        }
+        if self.sockets.get(proxy).is_some() {
+            let pause = self.failed.note(proxy);
+            error!(proxy, ?pause, "the worker gave up a proxy that it shall serve; it is told again after a pause");
+            self.view.send_modify(|view| {
+                *view.proxy_failures.entry(proxy.to_owned()).or_default() += 1;
+                let status = ProxyStatus { proxy: proxy.to_owned(), ..ProxyStatus::default() };
+                view.proxies.insert(proxy.to_owned(), status);
+            });
+        }
+        Ok(())
+    }
+
+    /// Has the worker serve a proxy that it does not serve any more, if it is still wanted.
     async fn serve_anew(&mut self, worker: &Worker, proxy: &str) -> Result<(), ()> {
-        let replaced = self.replaced.remove(proxy);
-        match self.sockets.get(proxy).filter(|_| replaced).map(|served| self.serve_message(served)) {
+        match self.sockets.get(proxy).map(|served| self.serve_message(served)) {
             Some(message) => self.send(worker, &message, &[]).await,
             None => Ok(()),
         }
@@ -394,7 +445,9 @@ impl Supervisor {
     }
 
     fn status(&self, status: ProxyStatus) {
-        if self.replaced.contains(&status.proxy) {
+        let proxy = &status.proxy;
+        let awaits_its_end = self.stopping.contains_key(proxy) && self.sockets.get(proxy).is_some();
+        if self.replaced.contains(proxy) || awaits_its_end {
             return; // of its former life
         }
         if let Some(nack) = &status.nack {
@@ -464,9 +517,10 @@ fn tell(done: oneshot::Sender<()>) {
 mod tests {
     use std::time::SystemTime;
 
-    use culvert_proxy::handoff::{ControlSocket, Traffic};
+    use culvert_proxy::handoff::{ControlSocket, MAX_DESCRIPTORS, Traffic};
     use culvert_types::{ConnectionKind, Path, SpiffeId, Verdict};
 
+    use super::super::backoff::FIRST_PAUSE;
     use super::*;
 
     struct Nothing;
@@ -507,12 +561,116 @@ mod tests {
         }
     }
 
+    /// Has `proxy` served by the worker at the other end of the control socket.
+    fn served(proxy: &str) -> Command {
+        let (proxy, service, upstreams) = (proxy.to_owned(), "web".to_owned(), Vec::new());
+        Command::Serve(super::super::Served { proxy, service, netns: "/none".into(), inbound_port: 20_000, upstreams })
+    }
+
+    /// What the worker is told to serve or to stop next.
+    async fn told(worker: &ControlSocket) -> ToWorker {
+        loop {
+            match timeout(STUCK, worker.recv::<ToWorker>()).await.expect("in time").expect("understood") {
+                Some((ToWorker::Ping, _)) => {}
+                Some((message, _)) => return message,
+                None => panic!("the agent is gone"),
+            }
+        }
+    }
+
+    async fn stopped(worker: &ControlSocket) {
+        worker.send(&ToAgent::Stopped { proxy: "web".to_owned() }, &[]).await.expect("the agent listens");
+    }
+
+    #[tokio::test]
+    async fn a_proxy_that_the_worker_gave_up_is_served_again_and_later_each_time() {
+        let (control, other_end) = ControlSocket::pair().expect("socketpair");
+        let other_end = ControlSocket::new(other_end).expect("control socket");
+        let (handle, mut supervisor) = supervisor();
+        let view = supervisor.view.subscribe();
+        let worker = Worker::at(control).expect("a process");
+        let fails = async {
+            handle.send(served("web")).await.expect("taken");
+            assert!(matches!(told(&other_end).await, ToWorker::Serve { .. }));
+            let mut pauses = Vec::new();
+            for failures in 1..=3 {
+                let start = Instant::now();
+                stopped(&other_end).await;
+                let again = told(&other_end).await;
+                assert!(matches!(&again, ToWorker::Serve { proxy, .. } if proxy == "web"), "{again:?}");
+                pauses.push(start.elapsed());
+                assert_eq!(view.borrow().proxy_failures["web"], failures);
+            }
+            assert!(pauses[1] >= FIRST_PAUSE && pauses[2] >= 2 * FIRST_PAUSE, "{pauses:?}");
+            // One that waits to be served again can be stopped: there is nothing to wait for.
+            stopped(&other_end).await;
+            let (done, gone) = oneshot::channel();
+            let mut failed = view.clone();
+            failed.wait_for(|view| view.proxy_failures["web"] == 4).await.expect("noted");
+            let stop = Command::Stop { proxy: "web".to_owned(), deadline: STUCK, done };
+            handle.send(stop).await.expect("taken");
+            timeout(FIRST_PAUSE, gone).await.expect("at once").expect("told");
+            assert!(view.borrow().proxies.is_empty() && view.borrow().proxy_failures.is_empty());
+            assert!(timeout(5 * FIRST_PAUSE, told(&other_end)).await.is_err(), "it is not wanted any more");
+        };
+        tokio::select! {
+            _ = supervisor.attend(&worker) => panic!("the worker was given up"),
+            () = fails => {}
+        }
+    }
+
+    #[tokio::test]
+    async fn a_proxy_that_is_wanted_again_while_it_is_drained_is_served_once_that_is_done() {
+        let (control, other_end) = ControlSocket::pair().expect("socketpair");
+        let other_end = ControlSocket::new(other_end).expect("control socket");
+        let (handle, mut supervisor) = supervisor();
+        let view = supervisor.view.subscribe();
+        let worker = Worker::at(control).expect("a process");
+        let changes_its_mind = async {
+            handle.send(served("web")).await.expect("taken");
+            assert!(matches!(told(&other_end).await, ToWorker::Serve { .. }));
+            let (done, mut gone) = oneshot::channel();
+            let stop = Command::Stop { proxy: "web".to_owned(), deadline: STUCK, done };
+            handle.send(stop).await.expect("taken");
+            assert!(matches!(told(&other_end).await, ToWorker::Stop { .. }));
+            handle.send(served("web")).await.expect("taken");
+            assert!(timeout(FIRST_PAUSE, told(&other_end)).await.is_err(), "the worker would refuse it");
+            let former = ProxyStatus { proxy: "web".to_owned(), ready: true, ..ProxyStatus::default() };
+            other_end.send(&ToAgent::Status(former), &[]).await.expect("the agent listens");
+            gone.try_recv().expect_err("not gone yet");
+            stopped(&other_end).await;
+            assert!(matches!(told(&other_end).await, ToWorker::Serve { .. }));
+            gone.await.expect("told");
+            assert!(view.borrow().proxies.is_empty(), "its former life says nothing of this one");
+            assert!(view.borrow().proxy_failures.is_empty(), "it did not fail");
+        };
+        tokio::select! {
+            _ = supervisor.attend(&worker) => panic!("the worker was given up"),
+            () = changes_its_mind => {}
+        }
+    }
+
+    #[tokio::test]
+    async fn a_worker_whose_descriptors_do_not_fit_is_not_given_up() {
+        let (control, other_end) = ControlSocket::pair().expect("socketpair");
+        let too_many = vec![other_end.as_fd(); 2 * MAX_DESCRIPTORS];
+        let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2 * MAX_DESCRIPTORS))];
+        let mut descriptors = rustix::net::SendAncillaryBuffer::new(&mut space);
+        assert!(descriptors.push(rustix::net::SendAncillaryMessage::ScmRights(&too_many)));
+        let adopt = br#"{"adopt":{"proxy":"web","address":"127.0.0.1:1"}}"#;
+        let flags = rustix::net::SendFlags::empty();
+        rustix::net::sendmsg(&other_end, &[std::io::IoSlice::new(adopt)], &mut descriptors, flags).expect("sent");
+        let (_handle, mut supervisor) = supervisor();
+        let ended = supervisor.attend(&Worker::at(control).expect("a process")).await;
+        assert!(matches!(ended, Ended::Incomplete));
+    }
+
     #[tokio::test]
     async fn who_waits_for_a_drained_proxy_hears_of_the_next_worker() {
         let (control, other_end) = ControlSocket::pair().expect("socketpair");
         let (_handle, mut supervisor) = supervisor();
         let (done, gone) = oneshot::channel();
-        supervisor.stopping.insert("web".to_owned(), Stopping { service: None, done });
+        supervisor.stopping.insert("web".to_owned(), Stopping { service: None, waiting: vec![done], overdue: None });
         drop(other_end);
         supervisor.attend(&Worker::at(control).expect("a process")).await;
         timeout(STUCK, gone).await.expect("told").expect_err("by the end of the channel");

@@ -60,6 +60,8 @@ pub struct ProxyStatus {
     pub nack: Option<NackStatus>,
     /// End of its certificate.
     pub certificate_not_after: Option<Timestamp>,
+    /// How often the worker gave it up unasked; it was served again each time.
+    pub failures: u64,
 }
 
 /// A refused resource.

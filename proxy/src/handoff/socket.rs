@@ -84,9 +84,12 @@ pub enum SendError {
 /// Why no message was received. Anything but [`ReceiveError::Socket`] leaves the socket usable.
 #[derive(Debug, thiserror::Error)]
 pub enum ReceiveError {
-    /// Longer than [`MAX_MESSAGE`], or more descriptors than [`MAX_DESCRIPTORS`].
-    #[error("message or its descriptors were cut off")]
+    /// Longer than [`MAX_MESSAGE`].
+    #[error("message was cut off")]
     Truncated,
+    /// Not all descriptors came: this process has none left, or there were more than [`MAX_DESCRIPTORS`].
+    #[error("descriptors of a message were cut off: too many of them are open here, or too many were sent")]
+    DescriptorsLost,
     /// Not a message of this protocol.
     #[error("parse message")]
     Parse(#[source] serde_json::Error),
@@ -186,9 +189,12 @@ impl ControlSocket {
     pub async fn recv<M: Message>(&self) -> Result<Option<(M, Vec<OwnedFd>)>, ReceiveError> {
         let received = self.socket.async_io(Interest::READABLE, || {
             let mut incoming = self.incoming.lock();
-            let (length, whole, descriptors) = receive_once(self.socket.as_fd(), &mut incoming)?;
-            if !whole {
+            let (length, cut, descriptors) = receive_once(self.socket.as_fd(), &mut incoming)?;
+            if cut.contains(ReturnFlags::TRUNC) {
                 return Ok(Err(ReceiveError::Truncated));
+            }
+            if cut.contains(ReturnFlags::CTRUNC) {
+                return Ok(Err(ReceiveError::DescriptorsLost));
             }
             if length == 0 {
                 return Ok(Ok(None)); // a message is never empty: end of file
@@ -227,8 +233,8 @@ fn send_once(fd: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -
     Ok(())
 }
 
-/// Length of the message, whether all of it came, and its descriptors.
-fn receive_once(fd: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<(usize, bool, Vec<OwnedFd>)> {
+/// Length of the message, what of it was cut off, and its descriptors.
+fn receive_once(fd: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<(usize, ReturnFlags, Vec<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let message = net::recvmsg(fd, &mut [IoSliceMut::new(into)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
@@ -238,8 +244,7 @@ fn receive_once(fd: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<(usize, bool,
             descriptors.extend(rights);
         }
     }
-    let whole = !message.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
-    Ok((message.bytes, whole, descriptors))
+    Ok((message.bytes, message.flags, descriptors))
 }
 
 /// Who is at the other end of a unix socket.
@@ -342,6 +347,23 @@ mod tests {
         assert!(matches!(worker.recv::<ToWorker>().await, Err(ReceiveError::Descriptors { said: 1, came: 2 })));
         agent.send(&ToWorker::Drain { deadline_ms: 1 }, &[]).await.expect("still usable");
         assert!(worker.recv::<ToWorker>().await.expect("receive").is_some());
+    }
+
+    #[tokio::test]
+    async fn who_has_no_descriptors_left_learns_of_those_that_were_cut_off() {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let (agent, worker) = ends();
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let address = listener.local_addr().expect("address");
+        let adopt = ToAgent::Adopt { proxy: "p".to_owned(), address };
+        worker.send(&adopt, &[listener.as_fd()]).await.expect("send");
+        let limit = getrlimit(Resource::Nofile);
+        setrlimit(Resource::Nofile, Rlimit { current: Some(0), ..limit }).expect("lowered");
+        let received = agent.recv::<ToAgent>().await;
+        setrlimit(Resource::Nofile, limit).expect("as before");
+        assert!(matches!(received, Err(ReceiveError::DescriptorsLost)), "{received:?}");
+        worker.send(&adopt, &[listener.as_fd()]).await.expect("still usable");
+        assert!(agent.recv::<ToAgent>().await.expect("receive").is_some());
     }
 
     #[tokio::test]

@@ -99,7 +99,7 @@ pub(crate) struct Shared {
 #[derive(Debug)]
 pub(crate) struct Listener {
     shared: Arc<Shared>,
-    _place: ThreadPlace,
+    place: ThreadPlace,
 }
 
 impl Listener {
@@ -128,7 +128,7 @@ impl Listener {
                 Err(error) => warn!(%error, "cannot poll a listening socket"),
             }
         });
-        Ok(Self { shared, _place: place })
+        Ok(Self { shared, place })
     }
 
     pub(crate) fn state(&self) -> Arc<State> {
@@ -177,19 +177,31 @@ impl Listener {
 
     /// Ends what is open.
     pub(crate) fn end_all(&self) {
-        for live in self.shared.open.lock().values() {
-            live.end(None, "the proxy was stopped".to_owned());
-        }
+        self.shared.end_all();
     }
 }
 
 impl Drop for Listener {
     fn drop(&mut self) {
         self.shared.closed.cancel();
+        if !self.is_over() {
+            // Not drained: its proxy failed, and policy that changes would not be heard of any more.
+            let shared = Arc::clone(&self.shared);
+            self.place.handle.spawn(async move {
+                shared.stopped.cancelled().await;
+                shared.end_all();
+            });
+        }
     }
 }
 
 impl Shared {
+    fn end_all(&self) {
+        for live in self.open.lock().values() {
+            live.end(None, "the proxy was stopped".to_owned());
+        }
+    }
+
     async fn accept_until_closed(self: Arc<Self>, listener: TcpListener) {
         loop {
             let accepted = tokio::select! {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::MissedTickBehavior;
 use tracing::{info, warn};
 
@@ -29,6 +29,7 @@ struct Served {
     stop: Option<oneshot::Sender<Duration>>,
     status: watch::Receiver<ProxyStatus>,
     tally: Arc<Tally>,
+    task: AbortHandle,
     /// The present agent wants it.
     named: bool,
 }
@@ -90,11 +91,11 @@ impl Proxies {
         let tally = runs.tally();
         tokio::spawn(report(Arc::clone(&self.link), status.clone(), Arc::clone(&tally)));
         let id = proxy.to_owned();
-        self.running.spawn(async move {
+        let task = self.running.spawn(async move {
             runs.run(feed, publish, stopped).await;
             id
         });
-        self.served.insert(proxy.to_owned(), Served { client, stop: Some(stop), status, tally, named: true });
+        self.served.insert(proxy.to_owned(), Served { client, stop: Some(stop), status, tally, task, named: true });
     }
 
     /// Drains `proxy`.
@@ -130,9 +131,9 @@ impl Proxies {
         let proxy = match self.running.join_next().await? {
             Ok(proxy) => proxy,
             Err(error) => {
-                tracing::error!(%error, "a proxy failed");
-                let failed = |served: &Served| served.status.has_changed().is_err(); // its sender is gone
-                self.served.iter().find(|(_, served)| failed(served))?.0.clone()
+                let proxy = self.served.iter().find(|(_, served)| served.task.id() == error.id())?.0.clone();
+                tracing::error!(proxy, %error, "a proxy failed");
+                proxy
             }
         };
         let traffic = self.served.remove(&proxy).map(|served| served.tally.read()).unwrap_or_default();
@@ -228,6 +229,34 @@ async fn report(link: Arc<Link>, mut status: watch::Receiver<ProxyStatus>, tally
 mod tests {
     use super::*;
     use crate::handoff::SideTraffic;
+    use crate::threads::DataThreads;
+
+    #[tokio::test]
+    async fn a_proxy_that_fails_is_told_by_its_name_also_when_another_ends_with_it() {
+        let threads = DataThreads::new(1).expect("thread");
+        let (link, _messages) = Link::new();
+        let (events, _reader) = Events::new(Arc::default());
+        let mut proxies = Proxies::new(link, threads.placement(), events);
+        for proxy in ["api", "web"] {
+            proxies.serve(proxy, proxy, "n1", None);
+        }
+        let (web, api) = (proxies.served["web"].task.clone(), proxies.served["api"].task.clone());
+        web.abort(); // the same to whoever joins it as a panic
+        while !web.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        proxies.stop("api", Duration::ZERO);
+        while !api.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        let mut gone = Vec::new();
+        while let Some((proxy, _)) = proxies.next_gone().await {
+            gone.push(proxy);
+        }
+        gone.sort();
+        assert_eq!(gone, ["api", "web"]);
+        assert!(proxies.served.is_empty() && proxies.link.pools.lock().is_empty());
+    }
 
     #[tokio::test(start_paused = true)]
     async fn what_is_carried_is_told_whenever_there_is_an_agent_and_only_then() {

@@ -162,6 +162,7 @@ pub(super) fn status() -> AgentStatus {
                 xds_version: Some("12".into()),
                 nack: Some(NackStatus { resource: "l".into(), reason: "bad".into() }),
                 certificate_not_after: Some(Timestamp(SystemTime::UNIX_EPOCH)),
+                failures: 2,
             }],
         },
         ..AgentStatus::default()

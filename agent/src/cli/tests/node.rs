@@ -30,6 +30,7 @@ fn status_says_why_ebpf_is_off_and_what_was_refused() {
         "ID                 Ready  Config  Certificate Until",
         "web-sidecar-proxy  true   12      1970-01-01T00:00:00Z",
         "web-sidecar-proxy refuses l: bad",
+        "web-sidecar-proxy failed in the worker and was started again, 2 times",
     ] {
         assert!(text.lines().any(|found| found == line), "{line:?} in:\n{text}");
     }
