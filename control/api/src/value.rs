@@ -73,7 +73,12 @@ impl<'de> Deserialize<'de> for GoDuration {
 /// Seconds from Go's zero time (0001-01-01T00:00:00Z) to the Unix epoch.
 const GO_ZERO_BEFORE_EPOCH: u64 = 62_135_596_800;
 
-/// A point in time, RFC 3339 on the wire. The default is Go's zero time, year 1.
+/// Go's zero time.
+const FIRST_NANOS: i128 = -(GO_ZERO_BEFORE_EPOCH as i128) * 1_000_000_000;
+/// The last nanosecond of year 9999, after which RFC 3339 has no times.
+const LAST_NANOS: i128 = 253_402_300_799_999_999_999;
+
+/// A point in time, RFC 3339 on the wire; what is outside of its years is written as the first or the last moment in them. The default is Go's zero time, year 1.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Timestamp(pub SystemTime);
 
@@ -106,10 +111,11 @@ impl From<Timestamp> for SystemTime {
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let time = match self.0.duration_since(SystemTime::UNIX_EPOCH) {
-            Ok(after) => i128::try_from(after.as_nanos()).ok(),
-            Err(before) => i128::try_from(before.duration().as_nanos()).ok().map(|nanos| -nanos),
+            Ok(after) => i128::try_from(after.as_nanos()).unwrap_or(LAST_NANOS),
+            Err(before) => i128::try_from(before.duration().as_nanos()).map_or(FIRST_NANOS, |nanos| -nanos),
         };
-        let time = time.and_then(|nanos| OffsetDateTime::from_unix_timestamp_nanos(nanos).ok()).ok_or(fmt::Error)?;
+        let time = time.clamp(FIRST_NANOS, LAST_NANOS);
+        let time = OffsetDateTime::from_unix_timestamp_nanos(time).map_err(|_| fmt::Error)?;
         f.write_str(&time.format(&Rfc3339).map_err(|_| fmt::Error)?)
     }
 }
@@ -199,6 +205,18 @@ mod tests {
         let time: Timestamp = serde_json::from_value(text.clone()).expect("time");
         assert_eq!(serde_json::to_value(time).expect("time"), text);
         assert!(serde_json::from_value::<Timestamp>(json!("yesterday")).is_err());
+    }
+
+    #[test]
+    fn a_time_that_rfc_3339_has_not_is_written_as_the_nearest_that_it_has() {
+        let late = SystemTime::UNIX_EPOCH + Duration::from_micros(u64::MAX);
+        let early = SystemTime::UNIX_EPOCH - Duration::from_secs(GO_ZERO_BEFORE_EPOCH + 1);
+        for (time, text) in [(late, "9999-12-31T23:59:59.999999999Z"), (early, "0001-01-01T00:00:00Z")] {
+            assert_eq!(serde_json::to_string(&Timestamp(time)).expect("time"), format!("{text:?}"));
+        }
+        // A time of year 9999 in its own zone, of year 10000 here.
+        let read: Timestamp = serde_json::from_value(json!("9999-12-31T23:59:59-01:00")).expect("time");
+        assert_eq!(serde_json::to_value(read).expect("time"), json!("9999-12-31T23:59:59.999999999Z"));
     }
 
     #[test]
