@@ -6,6 +6,8 @@ pub mod cli;
 pub mod config;
 pub mod datapath;
 pub mod events;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 mod lock;
 mod metrics;
 pub mod node;

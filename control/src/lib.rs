@@ -25,6 +25,8 @@ pub use checks::{CheckDialer, NodeDialer};
 pub use config::{CONSUL_VERSION, ControlConfig, HttpLimits, Reloadable, SIDECAR_PORTS};
 pub use control::{Control, StartError};
 pub use http::BindError;
+#[cfg(any(test, feature = "fuzz"))]
+pub use http::fuzz;
 pub use mesh::{MeshContext, MeshInstance, MeshUpstream, MeshView};
 pub use metrics::Metrics;
 pub use xds::XdsPeer;

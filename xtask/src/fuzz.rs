@@ -1,4 +1,4 @@
-//! `cargo xtask fuzz`: random bytes for every parser of outside input.
+//! `cargo xtask fuzz`: random bytes for the parsers of outside input.
 
 use std::process::Command;
 

@@ -4,7 +4,7 @@
 //! in lexical order), then `-hcl` fragments, then flags; the later one wins. A key that nobody knows is `invalid config key x`;
 //! one that Consul knows and culvert does not honour is refused by name, unless its value asks for nothing (`false`, `0`,
 //! `-1`, `""`, `[]`, `{}`). Reading again gives the settings for a reload; [`Settings::fixed_changes`] names what a reload
-//! cannot change. Fuzz target: [`check`].
+//! cannot change.
 
 mod apply;
 mod keys;
@@ -125,6 +125,17 @@ pub fn load(args: &AgentArgs) -> Result<Settings, ConfigError> {
 /// [`ConfigError`] as [`load`] would give it.
 pub fn check(text: &str, file: &str) -> Result<(), ConfigError> {
     Draft::default().text(text, file)
+}
+
+#[cfg(any(test, feature = "fuzz"))]
+/// Settings of one text and nothing else.
+///
+/// # Errors
+/// [`ConfigError`] as [`load`] would give it.
+pub fn finish(text: &str, file: &str) -> Result<Settings, ConfigError> {
+    let mut draft = Draft::default();
+    draft.text(text, file)?;
+    draft.finish()
 }
 
 fn read(path: &Path) -> Result<String, ConfigError> {

@@ -23,11 +23,17 @@ fn refused(message: impl std::fmt::Display) -> Failure {
     Failure(StatusCode::BAD_REQUEST, message.to_string())
 }
 
-fn read(body: &Bytes) -> Result<(JobSubmission, Job), Failure> {
+fn read(body: &[u8]) -> Result<(JobSubmission, Job), Failure> {
     let decoded: Result<JobSubmission, _> = culvert_api::decode(body);
     let submission = decoded.map_err(|error| refused(format_args!("Request decode failed: {error}")))?;
     let job = culvert_jobspec::parse(&submission.source, &submission.file, &submission.variables).map_err(refused)?;
     Ok((submission, job))
+}
+
+#[cfg(any(test, feature = "fuzz"))]
+pub(super) fn judge(body: &[u8], node: &culvert_jobspec::NodeContext) -> Result<(), Failure> {
+    let (_, job) = read(body)?;
+    Ok(crate::runner::check(&job, node)?)
 }
 
 impl From<SubmitError> for Failure {

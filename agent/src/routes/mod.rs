@@ -73,6 +73,12 @@ pub(crate) fn router(state: Arc<RouteState>) -> Router {
 /// An error as Consul answers it: plain text.
 struct Failure(StatusCode, String);
 
+#[cfg(any(test, feature = "fuzz"))]
+/// Reads a submission and judges its job, as far as that needs no node.
+pub(crate) fn judge(body: &[u8], node: &culvert_jobspec::NodeContext) -> Result<(), (StatusCode, String)> {
+    jobs::judge(body, node).map_err(|Failure(status, text)| (status, text))
+}
+
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         (self.0, [(header::CONTENT_TYPE, "text/plain; charset=utf-8")], self.1).into_response()

@@ -29,6 +29,8 @@ pub use dialer::WorkloadDialer;
 pub use records::{AllocationRecord, JobRecord, RecordError, Records};
 pub use registration::RegistrationError;
 pub use services::{NodeServices, RunError};
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use submission::check;
 pub use submission::{Plan, SubmitError, Submitted};
 pub use tasks::{TaskEvent, TaskState, TaskView};
 pub use view::{AllocationStatus, AllocationView, ServiceView};

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use culvert_jobspec::{Diagnostics, Job, JobDiff, Updates};
+use culvert_jobspec::{Diagnostics, Job, JobDiff, NodeContext, Updates};
 use tracing::info;
 
 use super::plan::{self, Comparison, Failed};
@@ -82,6 +82,17 @@ struct Prepared {
     created: Vec<AllocationRecord>,
 }
 
+/// Can `job` ever run on `node`?
+pub(crate) fn check(job: &Job, node: &NodeContext) -> Result<(), SubmitError> {
+    culvert_jobspec::check_runnable(job).map_err(SubmitError::NotRunnable)?;
+    if !job.runs_in(&node.datacenter) {
+        let (job, datacenters) = (job.id.clone(), job.datacenters.clone());
+        return Err(SubmitError::Datacenter { job, datacenters, here: node.datacenter.clone() });
+    }
+    registration::check(job, node)
+        .map_err(|source| SubmitError::Services { job: job.id.clone(), source: Box::new(source) })
+}
+
 impl Runner {
     /// Runs `job`, or brings what runs of it up to date: what has to go is told to, what is new starts when that is gone.
     ///
@@ -137,14 +148,7 @@ impl Runner {
     }
 
     fn prepare(&self, job: Job) -> Result<Prepared, SubmitError> {
-        culvert_jobspec::check_runnable(&job).map_err(SubmitError::NotRunnable)?;
-        let here = self.node.context.datacenter.clone();
-        if !job.runs_in(&here) {
-            let (job, datacenters) = (job.id.clone(), job.datacenters.clone());
-            return Err(SubmitError::Datacenter { job, datacenters, here });
-        }
-        registration::check(&job, &self.node.context)
-            .map_err(|source| SubmitError::Services { job: job.id.clone(), source: Box::new(source) })?;
+        check(&job, &self.node.context)?;
         let before = self.job(&job.id);
         let changed = before.as_ref().is_none_or(|before| before.stopped || before.job != job);
         let version = before.as_ref().map_or(0, |before| before.version + u64::from(changed));

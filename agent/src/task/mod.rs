@@ -24,6 +24,8 @@ mod spec;
 
 pub use cgroup::{CgroupError, Hierarchies, check_cgroup_parent, children, kill_all, kill_and_remove, remove_if_empty};
 pub use dirs::{AllocDir, DirError, TaskDirs};
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use record::ExitFile;
 pub use record::{ExitStatus, ProcessIdentity, TaskRecord, find_record};
 pub(crate) use record::{boot_id, read_json, sweep, write_json};
 pub use restart::{RestartDecision, RestartMode, RestartPolicy, RestartReason, RestartTracker};

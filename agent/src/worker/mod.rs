@@ -24,6 +24,8 @@ use culvert_types::ConnectionEvent;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use process::WorkerRecord;
 pub use process::{WorkerFileError, WorkerSettings, check_record};
 pub use supervisor::Supervisor;
 

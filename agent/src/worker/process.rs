@@ -32,7 +32,7 @@ pub struct WorkerSettings {
 
 /// What is written down about a running worker, so that the next agent finds it.
 #[derive(Debug, Deserialize, Serialize)]
-struct WorkerRecord {
+pub(crate) struct WorkerRecord {
     process: ProcessIdentity,
 }
 

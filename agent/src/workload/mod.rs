@@ -40,6 +40,8 @@ pub use network::{Network, NetworkError};
 pub use node::{NodeFile, NodeFileError};
 pub use settings::{MAX_INTERFACE_NAME, NetworkSettings, SettingsError, Subnet4};
 pub use sockets::{BACKLOG, MAX_APP_SOCKETS, app_sockets, dial, listen};
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use state::Content as NetworkContent;
 pub use state::StateError;
 pub use sysctl::SysctlError;
 pub use types::{MacAddress, PortMap, Workload};

@@ -25,7 +25,7 @@ pub(super) const GATEWAY: u32 = 1;
 
 /// One allocation's share.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-pub(super) struct Share {
+pub(crate) struct Share {
     /// Number in the subnet and in the ULA prefix.
     pub(super) host: u32,
     /// Published ports.
@@ -33,7 +33,7 @@ pub(super) struct Share {
 }
 
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-struct Content {
+pub(crate) struct Content {
     version: u32,
     subnet: String,
     /// The lowest number never given out.

@@ -220,15 +220,7 @@ impl Authority {
     /// # Errors
     /// [`ConfigureError`]; nothing changed then.
     pub async fn configure(&self, update: &ConfigurationUpdate) -> Result<(), ConfigureError> {
-        if !matches!(update.provider.as_str(), "" | "consul") {
-            return Err(ConfigureError::Provider(update.provider.clone()));
-        }
-        if update.has_private_key {
-            return Err(ConfigureError::Unsupported("PrivateKey"));
-        }
-        if update.has_root_cert {
-            return Err(ConfigureError::Unsupported("RootCert"));
-        }
+        update.check()?;
         let changed = self.shared.ledger.update(|state, plan| {
             let rows = Rows::read(state)?.ok_or(ViewError::Missing)?;
             let mut row = rows.config.value.clone();

@@ -44,6 +44,20 @@ impl ConfigurationUpdate {
             ..settings
         }
     }
+
+    /// Refuses by name what the built-in authority cannot do.
+    pub(crate) fn check(&self) -> Result<(), ConfigureError> {
+        if !matches!(self.provider.as_str(), "" | "consul") {
+            return Err(ConfigureError::Provider(self.provider.clone()));
+        }
+        if self.has_private_key {
+            return Err(ConfigureError::Unsupported("PrivateKey"));
+        }
+        if self.has_root_cert {
+            return Err(ConfigureError::Unsupported("RootCert"));
+        }
+        Ok(())
+    }
 }
 
 impl TryFrom<&CaConfiguration> for ConfigurationUpdate {

@@ -85,10 +85,16 @@ async fn deregister(State(api): Shared, Path(id): Path<String>, query: Query) ->
 
 async fn update(State(api): Shared, Path(id): Path<String>, query: Query, body: Bytes) -> Reply {
     check_scope(&query, &api)?;
-    let CheckUpdate { status, output } = decode(&body)?;
-    let status = status.parse().map_err(|_| ApiError::bad_request(format!("Invalid check status: '{status}'")))?;
+    let (status, output) = update_of(&body)?;
     api.checks.update_ttl(&id, status, output).await?;
     Ok(empty())
+}
+
+/// What the body of an update says: the status and the output.
+pub(super) fn update_of(body: &[u8]) -> Result<(HealthStatus, String), Failure> {
+    let CheckUpdate { status, output } = decode(body)?;
+    let status = status.parse().map_err(|_| ApiError::bad_request(format!("Invalid check status: '{status}'")))?;
+    Ok((status, output))
 }
 
 async fn report(api: &Api, id: &str, query: &Query, status: HealthStatus) -> Reply {

@@ -72,7 +72,7 @@ fn service(field: &str, text: &str) -> Result<ServiceName, Failure> {
 }
 
 /// What the body says, for the pair that it or the query names.
-fn draft(body: Wire, source: &str, destination: &str) -> Result<Draft, Failure> {
+pub(super) fn draft(body: Wire, source: &str, destination: &str) -> Result<Draft, Failure> {
     let bad = |what: String| Failure(ApiError::bad_request(what));
     let pairs = [("SourceName", &body.source_name, source), ("DestinationName", &body.destination_name, destination)];
     for (field, given, asked) in pairs {

@@ -12,6 +12,8 @@ mod catalog;
 mod config;
 mod connect;
 mod filter;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 mod health;
 mod identity;
 mod intentions;

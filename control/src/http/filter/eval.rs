@@ -77,6 +77,15 @@ impl Node {
             },
         }
     }
+
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(super) fn depth(&self) -> usize {
+        match self {
+            Self::Or(left, right) | Self::And(left, right) => 1 + left.depth().max(right.depth()),
+            Self::Not(inner) => 1 + inner.depth(),
+            Self::Text { .. } | Self::Number { .. } | Self::Bool { .. } | Self::Collection { .. } => 1,
+        }
+    }
 }
 
 /// Marks, as a last empty part that no selector has, a path that ends inside a map.

@@ -15,7 +15,7 @@ pub(super) use self::schema::{AGENT_SERVICE, CATALOG_SERVICE, HEALTH_CHECK, INTE
 /// Longest expression, in bytes.
 pub(super) const MAX_LENGTH: usize = 4096;
 /// Deepest nesting of parentheses and `not`, and most operands in a chain.
-const MAX_DEPTH: usize = 64;
+pub(super) const MAX_DEPTH: usize = 64;
 
 /// Why an expression was refused. The text goes to the client.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
@@ -52,6 +52,12 @@ impl Filter {
     /// Does the item, as the endpoint would print it, pass?
     pub(super) fn matches(&self, item: &Value) -> bool {
         self.0.matches(item)
+    }
+
+    /// Nodes from the root to the deepest leaf.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(super) fn depth(&self) -> usize {
+        self.0.depth()
     }
 }
 
