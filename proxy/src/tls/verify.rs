@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use aws_lc_rs::digest;
 use culvert_types::{RefusalReason, SpiffeId, TrustDomain};
 use parking_lot::Mutex;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -30,8 +31,8 @@ use crate::config::StringMatcher;
 pub const MAX_CHAIN: usize = 8;
 /// Most chains that a context remembers as good: peers of one service, which are its callers or its instances.
 const MAX_KNOWN: usize = 128;
-/// Longest chain that is remembered, in bytes; ours take one or two thousand. What a peer may send is a multiple of it.
-const MAX_KNOWN_BYTES: usize = 8 * 1024;
+/// Most certificates in a chain that is remembered, leaf included; ours have one or two.
+const MAX_KNOWN_CHAIN: usize = 3;
 
 /// Why a bundle is not usable.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
@@ -236,6 +237,9 @@ pub fn verify_peer(
 
 /// [`verify_peer`] with everything that one TLS context fixes. What it found good before, byte by byte, it need not compute again:
 /// roots, names and role are the same, and the clock is looked at each time. That the peer has the key, every handshake proves.
+///
+/// Peers choose what is remembered: certificates that nobody needs, behind a good leaf, make any number of good chains. They
+/// displace those that are not in use, and cost their holder a handshake each.
 #[derive(Debug)]
 pub(super) struct Verifier {
     roots: Roots,
@@ -243,15 +247,36 @@ pub(super) struct Verifier {
     /// If not empty, one must match the URI name.
     names: Vec<StringMatcher>,
     role: PeerRole,
+    /// The one used last comes first.
     known: Mutex<VecDeque<Known>>,
 }
 
 /// A chain that was found good.
 #[derive(Debug)]
 struct Known {
-    chain: Vec<CertificateDer<'static>>,
+    chain: Fingerprint,
     /// When it was found good, and the first end of a certificate in it: seconds since 1970.
     good: Range<u64>,
+}
+
+/// Stands for a chain: small, whatever a peer sends.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct Fingerprint([u8; digest::SHA256_OUTPUT_LEN]);
+
+impl Fingerprint {
+    /// `None` for a chain that is too long to be remembered.
+    fn of(leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>]) -> Option<Self> {
+        if rest.len() >= MAX_KNOWN_CHAIN {
+            return None;
+        }
+        let mut context = digest::Context::new(&digest::SHA256);
+        for certificate in std::iter::once(leaf).chain(rest) {
+            // Where one ends is part of it: other certificates may be the same bytes when put together.
+            context.update(&certificate.len().to_be_bytes());
+            context.update(certificate);
+        }
+        context.finish().as_ref().try_into().ok().map(Self)
+    }
 }
 
 impl Verifier {
@@ -260,7 +285,8 @@ impl Verifier {
     }
 
     fn verify(&self, leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>], now: UnixTime) -> Result<(), PeerRefusal> {
-        if self.knows(leaf, rest, now) {
+        let fingerprint = Fingerprint::of(leaf, rest);
+        if fingerprint.is_some_and(|fingerprint| self.knows(fingerprint, now)) {
             return Ok(());
         }
         let chain: Vec<CertificateDer<'_>> = std::iter::once(leaf).chain(rest).cloned().collect();
@@ -268,30 +294,29 @@ impl Verifier {
         if !self.names.is_empty() && !self.names.iter().any(|name| name.matches(peer.uri())) {
             return Err(PeerRefusal::Unexpected { peer: peer.id });
         }
-        self.remember(chain, now);
+        if let Some(fingerprint) = fingerprint {
+            self.remember(fingerprint, &chain, now);
+        }
         Ok(())
     }
 
     /// Was exactly this chain found good, and is it still?
-    fn knows(&self, leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>], now: UnixTime) -> bool {
-        let same = |known: &Known| {
-            known.chain.split_first().is_some_and(|(known_leaf, known_rest)| known_leaf == leaf && known_rest == rest)
-        };
-        self.known.lock().iter().find(|known| same(known)).is_some_and(|known| known.good.contains(&now.as_secs()))
+    fn knows(&self, chain: Fingerprint, now: UnixTime) -> bool {
+        let mut known = self.known.lock();
+        let good = known.iter().position(|known| known.chain == chain && known.good.contains(&now.as_secs()));
+        let Some(used) = good.and_then(|at| known.remove(at)) else { return false };
+        known.push_front(used);
+        true
     }
 
-    fn remember(&self, chain: Vec<CertificateDer<'_>>, now: UnixTime) {
-        if chain.iter().map(|certificate| certificate.len()).sum::<usize>() > MAX_KNOWN_BYTES {
-            return;
-        }
+    fn remember(&self, fingerprint: Fingerprint, chain: &[CertificateDer<'_>], now: UnixTime) {
         let ends = chain.iter().map(|certificate| Leaf::read(certificate).ok()?.not_after);
         // One whose end cannot be read is verified each time.
         let Some(end) = ends.collect::<Option<Vec<_>>>().and_then(|ends| ends.into_iter().min()) else { return };
-        let chain = chain.into_iter().map(CertificateDer::into_owned).collect();
         let mut known = self.known.lock();
-        known.retain(|known: &Known| known.chain != chain && now.as_secs() < known.good.end);
+        known.retain(|known: &Known| known.chain != fingerprint && now.as_secs() < known.good.end);
         known.truncate(MAX_KNOWN - 1);
-        known.push_front(Known { chain, good: now.as_secs()..end });
+        known.push_front(Known { chain: fingerprint, good: now.as_secs()..end });
     }
 }
 

@@ -246,6 +246,11 @@ fn flipped_bytes_never_pass_and_never_panic() {
     }
 }
 
+/// Does it know the chain? Asking counts as use.
+fn knows(verifier: &Verifier, chain: &[CertificateDer<'_>], now: UnixTime) -> bool {
+    Fingerprint::of(&chain[0], &chain[1..]).is_some_and(|fingerprint| verifier.knows(fingerprint, now))
+}
+
 #[test]
 fn a_chain_that_was_good_is_known_until_it_ends_and_only_to_who_found_it_good() {
     let (authority, other) = (Authority::new(), Authority::new());
@@ -256,22 +261,22 @@ fn a_chain_that_was_good_is_known_until_it_ends_and_only_to_who_found_it_good() 
     let known = chain(&authority, leaf_params(&spiffe("web")));
     let (leaf, rest) = known.split_first().expect("a leaf");
     let (now, end) = (now(), Leaf::read(leaf).expect("well-formed").not_after.expect("an end"));
-    assert!(!ours.knows(leaf, rest, now));
+    assert!(!knows(&ours, &known, now));
     ours.verify(leaf, rest, now).expect("good");
     ours.verify(leaf, rest, now).expect("still good");
-    assert!(ours.knows(leaf, rest, now));
+    assert!(knows(&ours, &known, now));
     assert_eq!(ours.known.lock().len(), 1);
 
     let at = |seconds| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
-    assert!(ours.knows(leaf, rest, at(end - 1)) && !ours.knows(leaf, rest, at(end)));
+    assert!(knows(&ours, &known, at(end - 1)) && !knows(&ours, &known, at(end)));
     assert_eq!(ours.verify(leaf, rest, at(end + 1)), Err(PeerRefusal::Expired));
-    assert!(!ours.knows(leaf, rest, at(now.as_secs() - 1)), "the clock was put back");
+    assert!(!knows(&ours, &known, at(now.as_secs() - 1)), "the clock was put back");
     assert_eq!(ours.verify(leaf, rest, at(0)), Err(PeerRefusal::NotValidYet));
 
     let further = chain(&authority, leaf_params(&spiffe("api")));
-    assert!(!ours.knows(leaf, &further, now), "with another certificate behind it");
-    assert!(!ours.knows(&further[0], rest, now), "another leaf of the same authority");
-    assert!(!verifier(&authority, PeerRole::Server).knows(leaf, rest, now));
+    assert!(!knows(&ours, &[leaf.clone(), further[0].clone()], now), "with another certificate behind it");
+    assert!(!knows(&ours, &further, now), "another leaf of the same authority");
+    assert!(!knows(&verifier(&authority, PeerRole::Server), &known, now));
     assert_eq!(verifier(&other, PeerRole::Client).verify(leaf, rest, now), Err(PeerRefusal::UnknownIssuer));
 }
 
@@ -286,14 +291,36 @@ fn what_is_refused_is_not_known_and_what_is_known_is_bounded() {
         verifier.verify(&refused[0], &refused[1..], now()).expect_err("foreign, or of another name");
     }
     assert!(verifier.known.lock().is_empty());
-    let mut long = chain(&authority, leaf_params(&spiffe("web")));
-    let extra = chain(&authority, leaf_params(&format!("{}{}", spiffe("web"), "x".repeat(MAX_KNOWN_BYTES))));
-    long.push(extra[0].clone());
-    verifier.verify(&long[0], &long[1..], now()).expect("good, with something too long behind it");
-    assert!(verifier.known.lock().is_empty());
-    for _ in 0..=MAX_KNOWN {
-        let good = chain(&authority, leaf_params(&spiffe("web")));
-        verifier.verify(&good[0], &good[1..], now()).expect("good");
+    let mut used = chain(&authority, leaf_params(&spiffe("web")));
+    used.extend(vec![used[0].clone(); MAX_KNOWN_CHAIN]);
+    verifier.verify(&used[0], &used[1..], now()).expect("good, with others behind it");
+    assert!(verifier.known.lock().is_empty(), "too long");
+    used.truncate(MAX_KNOWN_CHAIN);
+    verifier.verify(&used[0], &used[1..], now()).expect("good, with others behind it");
+    let leaf = chain(&authority, leaf_params(&spiffe("web")));
+    let unused: Vec<_> = (0..=MAX_KNOWN).map(|_| chain(&authority, leaf_params(&spiffe("any"))).remove(0)).collect();
+    for extra in &unused {
+        verifier.verify(&leaf[0], std::slice::from_ref(extra), now()).expect("good, with another behind it");
+        verifier.verify(&used[0], &used[1..], now()).expect("good");
     }
     assert_eq!(verifier.known.lock().len(), MAX_KNOWN);
+    assert!(knows(&verifier, &used, now()), "what is used stays");
+    for (number, extra) in unused.iter().enumerate() {
+        let known = knows(&verifier, &[leaf[0].clone(), extra.clone()], now());
+        assert_eq!(known, number > 1, "{number}: those used last");
+    }
+}
+
+#[test]
+fn chains_of_the_same_bytes_differ() {
+    let fingerprint = |chain: &[&[u8]]| {
+        let chain: Vec<_> = chain.iter().map(|bytes| CertificateDer::from(bytes.to_vec())).collect();
+        Fingerprint::of(&chain[0], &chain[1..]).expect("not too long")
+    };
+    let chains: [&[&[u8]]; 5] = [&[b"abc"], &[b"a", b"bc"], &[b"ab", b"c"], &[b"a", b"b", b"c"], &[b"abc", b""]];
+    for (at, one) in chains.iter().enumerate() {
+        for (other_at, other) in chains.iter().enumerate() {
+            assert_eq!(fingerprint(one) == fingerprint(other), at == other_at, "{at} {other_at}");
+        }
+    }
 }
