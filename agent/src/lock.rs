@@ -1,7 +1,11 @@
-//! One agent per network namespace.
+//! One agent for whatever an agent takes for its own.
 //!
-//! The lock is an abstract unix socket: it is scoped by the network namespace, as are the bridge and the nftables table it
-//! guards, and the kernel drops it with the process, also on `kill -9`. Who finds it taken asks it who is running.
+//! The bridge and the nftables table are of a network namespace, and so is their lock: an abstract unix socket. Who finds it
+//! taken asks it who is running. Named network namespaces are of a mount namespace, cgroups and pins of the host: an agent of
+//! another network namespace finds them, and would remove what no record of its own names. Each has an flock ([`places`]).
+//! The kernel drops all of them with the process, also on `kill -9`; children do not inherit them (close-on-exec).
+
+mod places;
 
 use std::io::{Read as _, Write as _};
 use std::os::linux::net::SocketAddrExt as _;
@@ -11,6 +15,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tracing::warn;
+
+pub(crate) use places::{Place, Places};
 
 /// Abstract name of the lock.
 const NAME: &[u8] = b"culvert/agent";
@@ -47,14 +53,39 @@ pub(crate) enum LockError {
     /// The socket could not be made.
     #[error("take the agent lock @culvert/agent")]
     Socket(#[source] std::io::Error),
+    /// An agent of another network namespace uses what this one would use.
+    #[error(
+        "{} {} is used by another culvert agent, of another network namespace{who}: each would remove what the other one \
+         runs; stop that one with `culvert leave` where it runs, or {}",
+        place.what(), path.display(), place.instead()
+    )]
+    Used {
+        /// What it is.
+        place: Place,
+        /// Where.
+        path: PathBuf,
+        /// Who that is, as far as it can be told; with a comma before it.
+        who: String,
+    },
+    /// A lock that cannot be taken.
+    #[error("lock {} {}", place.what(), path.display())]
+    Place {
+        /// What it is.
+        place: Place,
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
 }
 
-/// Takes the lock until this process ends, for an agent that keeps its state in `data_dir`. A thread of its own answers who
-/// holds it.
+/// Takes the lock of the network namespace until this process ends, for an agent that keeps its state in `data_dir`. A thread
+/// of its own answers who holds it.
 ///
 /// # Errors
 /// [`LockError::Running`] with the holder when another agent runs in this network namespace.
-pub(crate) fn take(data_dir: &Path, started: u64) -> Result<(), LockError> {
+pub(crate) fn take(data_dir: &Path, started: u64) -> Result<Holder, LockError> {
     let address = SocketAddr::from_abstract_name(NAME).map_err(LockError::Socket)?;
     let listener = match UnixListener::bind_addr(&address) {
         Ok(listener) => listener,
@@ -62,11 +93,12 @@ pub(crate) fn take(data_dir: &Path, started: u64) -> Result<(), LockError> {
         Err(error) => return Err(LockError::Socket(error)),
     };
     let holder = Holder { pid: std::process::id(), data_dir: data_dir.to_owned(), started };
+    let told = holder.clone();
     std::thread::Builder::new()
         .name("agent-lock".into())
-        .spawn(move || answer(&listener, &holder))
+        .spawn(move || answer(&listener, &told))
         .map_err(LockError::Socket)?;
-    Ok(())
+    Ok(holder)
 }
 
 fn ask(address: &SocketAddr) -> LockError {

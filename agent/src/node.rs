@@ -27,11 +27,12 @@ use tracing::{debug, error, info, warn};
 use crate::config::Settings;
 use crate::datapath::{Datapath, DatapathConfig, unified_root};
 use crate::events::EventHub;
+use crate::lock::{Place, Places};
 use crate::policy::{self, PolicyEngine};
 use crate::report::chain;
 use crate::routes::{self, Ask, NodeState, RouteState};
 use crate::runner::{NodeServices, Records, Runner, WorkloadDialer};
-use crate::task::{ExecutorCommand, descriptors, sweep};
+use crate::task::{ExecutorCommand, Hierarchies, descriptors, sweep};
 use crate::worker::{self, Surroundings, WorkerHandle, WorkerSettings};
 use crate::workload::{AllocId, Network, NetworkSettings, NodeFile};
 use crate::{lock, metrics};
@@ -42,6 +43,8 @@ const CONTROL_THREADS: usize = 2;
 const LEAVE_DRAIN: Duration = Duration::from_secs(2);
 /// What this agent writes in the data directory itself, beside the state store.
 const FILES: [&str; 4] = ["node.json", "network.json", "worker.json", "direct.json"];
+/// Beside the directory of the named network namespaces.
+const LOCK_FILE: &str = "/run/culvert.lock";
 /// Requests of operators that may wait.
 const ASK_QUEUE: usize = 8;
 
@@ -61,7 +64,7 @@ pub fn run(settings: Settings, again: SettingsSource) -> anyhow::Result<()> {
     }
     let data_dir = settings.data_dir.clone();
     make_private(&data_dir)?;
-    lock::take(&data_dir, now())?;
+    let mut places = lock_places(&settings)?;
     refuse_emptied_state(&data_dir)?;
     let node_file = NodeFile::load_or_create(&data_dir)?;
     worker::check_record(&data_dir)?;
@@ -70,10 +73,23 @@ pub fn run(settings: Settings, again: SettingsSource) -> anyhow::Result<()> {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("node").enable_all().build()?;
     let control_runtime = unprivileged_runtime()?;
-    let result = runtime.block_on(serve(settings, again, node_file, &control_runtime));
+    let result = runtime.block_on(serve(settings, again, node_file, &control_runtime, &mut places));
     control_runtime.shutdown_timeout(Duration::from_secs(2));
     runtime.shutdown_timeout(Duration::from_secs(2));
     result
+}
+
+/// Nothing is removed or taken over before this: whatever another agent uses looks like a leftover.
+fn lock_places(settings: &Settings) -> anyhow::Result<Places> {
+    let mut places = Places::new(lock::take(&settings.data_dir, now())?);
+    places.take_file(Path::new(LOCK_FILE))?;
+    // A host without cgroup2 has no cgroups of ours.
+    if let Ok(hierarchies) = Hierarchies::find() {
+        places.take_cgroup(&hierarchies.cgroup2().join(&settings.cgroup_parent))?;
+    }
+    places.take_directory(Place::Pins, &settings.ebpf.bpf_dir)?;
+    places.take_directory(Place::Data, &settings.data_dir)?;
+    Ok(places)
 }
 
 /// A state file that lost its content, after a power cut say, would pass for that of a new mesh: without the intentions that
@@ -132,6 +148,7 @@ async fn serve(
     again: SettingsSource,
     node_file: NodeFile,
     control_runtime: &Runtime,
+    places: &mut Places,
 ) -> anyhow::Result<()> {
     let data_dir = settings.data_dir.clone();
     let (node_name, advertise) = (settings.node_name.clone(), settings.advertise);
@@ -155,13 +172,16 @@ async fn serve(
     let control = on(control_runtime.handle(), async { Control::start(config, dialer).await }).await?;
     let control = control.context("control plane")?;
     let control = Arc::new(control);
-    // Only now is it certain that no other agent writes there: the state store has its own lock.
     sweep(&data_dir, |name| FILES.contains(&name));
+    sweep_former(&data_dir);
     info!(http = ?control.http_addrs(), node = node_name, "culvert agent serves");
 
     let network = Arc::new(Network::open(network).await.context("workload network")?);
     network.warnings().iter().for_each(|warning| warn!("{warning}"));
+    places.in_use();
     let (datapath, kernel_events) = load_datapath(&settings, &network, &routes_state)?;
+    // Unless there were pins before, their directory is new.
+    places.take_directory(Place::Pins, &settings.ebpf.bpf_dir)?;
     let policy = PolicyEngine::new(datapath, control.mesh(), &data_dir);
     tokio::spawn(Arc::clone(&policy).run());
     if let Some(events) = kernel_events {
@@ -211,6 +231,17 @@ async fn serve(
     drop(routes_state.node.set(state));
     let agent = Agent { settings, again, control, runner, policy, worker, network };
     agent.attend(asked, control_runtime).await
+}
+
+/// What earlier versions wrote before it took the place of `worker.json`.
+fn sweep_former(data_dir: &Path) {
+    let path = data_dir.join("worker.json.next");
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            warn!(%error, path = %path.display(), "a file that was never finished stays");
+        }
+        _ => {}
+    }
 }
 
 /// Runs `work` on another runtime's threads.

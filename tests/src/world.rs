@@ -92,6 +92,7 @@ impl World {
         eventually("the processes are gone", || !people.iter().any(Process::lives));
         assert_eq!(left("/run/netns", "culvert-"), [""; 0], "network namespaces");
         assert!(!Path::new("/sys/fs/bpf/culvert").exists(), "pins: {:?}", left("/sys/fs/bpf/culvert", ""));
+        assert!(!Path::new("/run/culvert.lock").exists(), "the lock file");
         assert_eq!(left(&format!("{DATA_DIR}/alloc"), ""), [""; 0], "directories of allocations");
         assert_eq!(left(&format!("{DATA_DIR}/allocations"), ""), [""; 0], "records of allocations");
         let links = self.run("ip", &["-o", "link"]);

@@ -6,7 +6,7 @@ use std::os::unix::fs::chown;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use culvert_tests::{DATA_DIR, Node, NodeOptions, World, binary, eventually};
+use culvert_tests::{DATA_DIR, Node, NodeOptions, Process, World, binary, eventually};
 
 /// Below it are the data directories of this test.
 const FOLDER: &str = "/run/start";
@@ -91,6 +91,8 @@ fn an_agent_that_cannot_use_its_files_says_which_and_what_to_do() {
     world.run("mount", &["-o", "remount,ro", &fixed]);
     says(&fixed, "/state.redb", "its file system is read-only: mount it writable, or set another data_dir");
     assert!(!Path::new("/sys/fs/bpf/culvert").exists(), "who does not start leaves nothing");
+    assert!(!Path::new("/run/culvert.lock").exists(), "nor a lock");
+    assert!(!world.unified().join(world.cgroup_parent()).exists(), "nor a cgroup");
 }
 
 #[test]
@@ -102,7 +104,7 @@ fn what_was_being_written_when_an_agent_was_killed_is_gone_after_the_next_start(
     let ours = ["node.json.new", "network.json.new", "worker.json.new", "direct.json.new", "jobs/776562.json.new"]
         .map(str::to_owned)
         .into_iter()
-        .chain([format!("allocations/{id}.json.new")]);
+        .chain([format!("allocations/{id}.json.new"), "worker.json.next".to_owned()]);
     let ours: Vec<String> = ours.map(|name| format!("{DATA_DIR}/{name}")).collect();
     let others = ["notes.json.new", "jobs/notes.json.new", "allocations/notes.new"];
     let others = others.map(|name| format!("{DATA_DIR}/{name}"));
@@ -113,4 +115,45 @@ fn what_was_being_written_when_an_agent_was_killed_is_gone_after_the_next_start(
     eventually("what was left is gone", || !ours.iter().any(|path| Path::new(path).exists()));
     assert!(others.iter().all(|path| Path::new(path).exists()), "files of others stay");
     node.leave();
+}
+
+/// What an agent says that is started in a network namespace of its own, after `prepare`.
+fn says_elsewhere(prepare: &str, arguments: &[&str]) -> String {
+    let script = format!("ip link set lo up && {prepare} && exec \"$@\"");
+    let mut command = Command::new("timeout");
+    command.args(["-k", "5", "10", "unshare", "--net", "--mount", "sh", "-c", &script, "sh"]);
+    command.arg(binary("culvert")).args(["agent", "-server", "-bind", "127.0.0.1", "-data-dir", "/run/elsewhere"]);
+    let output = command.args(arguments).stdin(Stdio::null()).output().expect("start the agent");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn an_agent_of_another_network_namespace_does_not_touch_what_runs_here() {
+    let world = World::new("elsewhere");
+    let mut node = Node::start(&world, NodeOptions { server: true, ..NodeOptions::default() });
+    drop(node.run_pair(""));
+    let (people, pid, parent) = (node.people(), node.pid(), world.cgroup_parent());
+    let own_run = "mount -t tmpfs tmpfs /run";
+    let same = ["-cgroup-parent", &parent];
+    let said = says_elsewhere("true", &same);
+    let wanted = [
+        "/run/culvert.lock is used by another culvert agent".to_owned(),
+        format!("pid {pid}, data directory {DATA_DIR}"),
+    ];
+    assert!(wanted.iter().all(|wanted| said.contains(wanted)), "{said}");
+    let said = says_elsewhere(own_run, &same);
+    assert!(said.contains(&format!("{parent} is used by")) && said.contains(&format!("pid {pid}:")), "{said}");
+    assert!(said.contains("set another cgroup_parent"), "{said}");
+    let other = ["-cgroup-parent", "culvert-test-elsewhere-2"];
+    let said = says_elsewhere(own_run, &other);
+    assert!(said.contains("/sys/fs/bpf/culvert is used by") && said.contains("set another ebpf.bpf_dir"), "{said}");
+    assert!(people.iter().all(Process::lives), "what runs here goes on");
+
+    // Nobody but the agent holds a lock.
+    node.kill();
+    node.spawn();
+    eventually("all are taken over", || node.tasks().len() == 3);
+    assert_eq!(node.people(), people, "taken over");
+    node.leave();
+    world.assert_nothing_left(&people);
 }
