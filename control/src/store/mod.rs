@@ -301,6 +301,30 @@ pub enum StoreError {
         /// What is wrong.
         what: String,
     },
+    /// While the agent runs: not the file that it had open, or damaged since.
+    #[error(
+        "state store {path} is not as the agent left it: {what} (put the file back, or stop the agent and restore a backup)"
+    )]
+    Displaced {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// An I/O error closed the file until the agent is restarted.
+    #[error(
+        "state store {path} is closed since an I/O error, after which what the file shows may not be on the disk: {what} \
+         (see whether the disk is in order, then restart the agent)"
+    )]
+    Lost {
+        /// Which.
+        path: PathBuf,
+        /// The error.
+        what: String,
+    },
+    /// An earlier attempt failed, and it is not time for the next.
+    #[error(transparent)]
+    Refused(std::sync::Arc<StoreError>),
     /// The backend failed.
     #[error("the state store failed")]
     Backend(#[source] BackendError),

@@ -8,12 +8,15 @@ use std::io;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
-use redb::{Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, StorageError, TableDefinition};
-use tracing::{info, warn};
+use redb::{
+    Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, StorageError, TableDefinition, TableError,
+};
+use tracing::{error, info, warn};
 
 use super::feed::{Feed, Watch};
 use super::{
@@ -27,6 +30,8 @@ pub const SCHEMA_VERSION: u64 = 1;
 const CACHE: usize = 8 << 20;
 /// Bytes before the JSON of a row.
 const ROW_HEADER: usize = 16;
+/// Pause after the file could not be opened again: that may read all of it.
+const REOPEN_BACKOFF: Duration = Duration::from_secs(1);
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const ROWS: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("rows");
@@ -43,12 +48,33 @@ struct Inner {
     disk: Mutex<Disk>,
 }
 
-/// The file. redb refuses all work after an I/O error, of a full disk say: the file has to be closed and opened again.
+/// The file. redb refuses all work after an I/O error: the file has to be closed. After one of a full disk it is opened again.
+/// After any other it stays closed, since Linux takes what it could not write for written: the file would look whole in memory.
 struct Disk {
     /// `None` after an error, until it could be opened again.
     database: Option<Database>,
     /// What failed at the very end: whether the file has it, shows when it is open again.
     doubtful: Option<Commit>,
+    /// Why it is not opened again.
+    refusal: Option<Refusal>,
+}
+
+struct Refusal {
+    error: Arc<StoreError>,
+    /// `None`: as long as the agent runs.
+    until: Option<Instant>,
+}
+
+impl Disk {
+    fn open(database: Database) -> Self {
+        Self { database: Some(database), doubtful: None, refusal: None }
+    }
+
+    fn refuse(&mut self, error: StoreError, until: Option<Instant>) -> StoreError {
+        let error = Arc::new(error);
+        self.refusal = Some(Refusal { error: Arc::clone(&error), until });
+        StoreError::Refused(error)
+    }
 }
 
 impl RedbStore {
@@ -57,30 +83,59 @@ impl RedbStore {
     /// # Errors
     /// [`StoreError`]: not accessible, in use, damaged, or of a newer layout.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let (database, revision) = open(path, true)?;
-        let disk = Mutex::new(Disk { database: Some(database), doubtful: None });
+        let (database, revision) = open(open_file(path, true)?, path)?;
+        let disk = Mutex::new(Disk::open(database));
         Ok(Self { inner: Arc::new(Inner { path: path.to_owned(), feed: Feed::new(revision), disk }) })
     }
 }
 
-/// Opens the file, with its last revision. One that is missing or empty is made when it may be `new`.
-fn open(path: &Path, new: bool) -> Result<(Database, Revision), StoreError> {
-    let failed = |source| StoreError::File { path: path.to_owned(), source };
+/// Opens the file. One that is missing is made when it may be `new`.
+fn open_file(path: &Path, new: bool) -> Result<File, StoreError> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(new).truncate(false).mode(0o600);
-    let file = options.open(path).and_then(make_private).map_err(failed)?;
-    if !new && file.metadata().map_err(failed)?.len() == 0 {
-        return Err(StoreError::Damaged { path: path.to_owned(), what: "it is empty".to_owned() });
-    }
-    let database = Database::builder().set_cache_size(CACHE).create_file(file).map_err(|err| match err {
+    let file = options.open(path).and_then(make_private);
+    file.map_err(|source| StoreError::File { path: path.to_owned(), source })
+}
+
+/// The database in the file, with its last revision. One that is empty becomes a new one.
+fn open(file: File, path: &Path) -> Result<(Database, Revision), StoreError> {
+    opened(Database::builder().set_cache_size(CACHE).create_file(file), path)
+}
+
+fn opened(database: Result<Database, DatabaseError>, path: &Path) -> Result<(Database, Revision), StoreError> {
+    let database = database.map_err(|err| match err {
         DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
-        DatabaseError::Storage(StorageError::Io(source)) if source.kind() != io::ErrorKind::InvalidData => {
-            StoreError::File { path: path.to_owned(), source }
-        }
+        DatabaseError::Storage(err) => storage(err, path),
         other => StoreError::Damaged { path: path.to_owned(), what: other.to_string() },
     })?;
     let revision = prepare(&database, path)?;
     Ok((database, revision))
+}
+
+/// Tells a file that is damaged from one that only could not be read or written.
+fn storage(err: impl Into<redb::Error>, path: &Path) -> StoreError {
+    match err.into() {
+        redb::Error::Io(source) if source.kind() != io::ErrorKind::InvalidData => {
+            StoreError::File { path: path.to_owned(), source }
+        }
+        err @ (redb::Error::Io(_) | redb::Error::Corrupted(_)) => {
+            StoreError::Damaged { path: path.to_owned(), what: err.to_string() }
+        }
+        other => StoreError::Backend(Box::new(other)),
+    }
+}
+
+/// Did the disk fail with anything but that it is full? Also when redb does not say any more what it was.
+fn is_lost(err: &BackendError) -> bool {
+    match err.downcast_ref::<redb::Error>() {
+        Some(redb::Error::Io(source)) => !is_full(source),
+        Some(redb::Error::PreviousIo) => true,
+        _ => false,
+    }
+}
+
+fn is_full(source: &io::Error) -> bool {
+    matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// The mode at creation says nothing of a file that was there: restored from a backup, say. Keys are in it.
@@ -95,15 +150,16 @@ fn make_private(file: File) -> io::Result<File> {
 
 /// Checks the layout, or writes it into a new file; returns the last revision.
 fn prepare(database: &Database, path: &Path) -> Result<Revision, StoreError> {
-    let backend = |err: redb::Error| StoreError::Backend(err.into());
+    let failed = |err: StorageError| storage(err, path);
     let damaged = |what: &str| StoreError::Damaged { path: path.to_owned(), what: what.to_owned() };
-    let transaction = database.begin_write().map_err(|err| backend(err.into()))?;
+    let unusable = |err: TableError| match err {
+        TableError::Storage(err) => failed(err),
+        other => damaged(&other.to_string()),
+    };
+    let transaction = database.begin_write().map_err(|err| storage(err, path))?;
     let revision = {
-        let mut meta = transaction.open_table(META).map_err(|err| match err {
-            redb::TableError::Storage(err) => backend(err.into()),
-            other => damaged(&other.to_string()),
-        })?;
-        let schema = meta.get("schema").map_err(|err| backend(err.into()))?.map(|value| value.value());
+        let mut meta = transaction.open_table(META).map_err(unusable)?;
+        let schema = meta.get("schema").map_err(failed)?.map(|value| value.value());
         match schema {
             Some(SCHEMA_VERSION) => {}
             Some(found) if found > SCHEMA_VERSION => {
@@ -111,22 +167,20 @@ fn prepare(database: &Database, path: &Path) -> Result<Revision, StoreError> {
             }
             Some(found) => return Err(damaged(&format!("layout {found} was never released"))),
             None => {
-                let foreign = transaction
-                    .list_tables()
-                    .map_err(|err| backend(err.into()))?
-                    .any(|table| redb::TableHandle::name(&table) != "meta");
+                let foreign =
+                    transaction.list_tables().map_err(failed)?.any(|table| redb::TableHandle::name(&table) != "meta");
                 if foreign {
                     return Err(damaged("it has no layout number"));
                 }
-                meta.insert("schema", SCHEMA_VERSION).map_err(|err| backend(err.into()))?;
-                meta.insert("revision", 0).map_err(|err| backend(err.into()))?;
+                meta.insert("schema", SCHEMA_VERSION).map_err(failed)?;
+                meta.insert("revision", 0).map_err(failed)?;
             }
         }
-        let revision = meta.get("revision").map_err(|err| backend(err.into()))?.map(|value| value.value());
+        let revision = meta.get("revision").map_err(failed)?.map(|value| value.value());
         Revision(revision.ok_or_else(|| damaged("it has no revision"))?)
     };
-    transaction.open_table(ROWS).map_err(|err| damaged(&err.to_string()))?;
-    transaction.commit().map_err(|err| backend(err.into()))?;
+    transaction.open_table(ROWS).map_err(unusable)?;
+    transaction.commit().map_err(|err| storage(err, path))?;
     Ok(revision)
 }
 
@@ -134,8 +188,8 @@ impl Inner {
     fn commit(&self, transaction: Transaction) -> Result<Revision, CommitError> {
         transaction.check()?;
         let mut disk = self.disk.lock();
-        let failed = match write(self.database(&mut disk).map_err(|err| CommitError::Backend(err.into()))?, transaction)
-        {
+        let database = self.database(&mut disk).map_err(|err| CommitError::Backend(err.into()))?;
+        let failed = match write(database, transaction) {
             Ok(commit) => {
                 let revision = commit.revision;
                 self.feed.publish(commit);
@@ -148,42 +202,81 @@ impl Inner {
                 err
             }
         };
-        disk.database = None;
-        if let Err(err) = self.database(&mut disk) {
-            warn!(%err, "the state store is closed until it can be opened again");
-        }
+        self.close(&mut disk, &failed);
         Err(CommitError::Backend(failed))
     }
 
-    /// The open file; opens it again after an error. What the file then has more than was told, is told.
+    /// Closes the file after an error. Opens it again if that is safe.
+    fn close(&self, disk: &mut Disk, failed: &BackendError) {
+        disk.database = None;
+        if is_lost(failed) {
+            let err = disk.refuse(self.lost(failed.to_string()), None);
+            error!(%err, "the state store takes no changes any more");
+        } else if let Err(err) = self.database(disk) {
+            warn!(%err, "the state store is closed until it can be opened again");
+        }
+    }
+
+    fn lost(&self, what: String) -> StoreError {
+        StoreError::Lost { path: self.path.clone(), what }
+    }
+
+    /// The open file; opens it again after an error.
     fn database<'a>(&self, disk: &'a mut Disk) -> Result<&'a Database, StoreError> {
         if disk.database.is_none() {
-            let (database, revision) = open(&self.path, false)?;
-            if let Some(commit) = disk.doubtful.take_if(|commit| commit.revision == revision) {
-                self.feed.publish(commit);
+            let refused = disk.refusal.as_ref();
+            if let Some(refusal) = refused.filter(|refusal| refusal.until.is_none_or(|until| Instant::now() < until)) {
+                return Err(StoreError::Refused(Arc::clone(&refusal.error)));
             }
-            if revision != self.feed.latest() {
-                let what = format!("it is at revision {} instead of {}", revision.0, self.feed.latest().0);
-                return Err(StoreError::Damaged { path: self.path.clone(), what });
-            }
-            info!(path = %self.path.display(), "opened the state store again after an error");
-            (disk.database, disk.doubtful) = (Some(database), None);
+            self.reopen(disk).map_err(|err| {
+                let until = (!matches!(err, StoreError::Lost { .. })).then(|| Instant::now() + REOPEN_BACKOFF);
+                disk.refuse(err, until)
+            })?;
         }
         Ok(disk.database.as_ref().expect("just opened"))
     }
 
+    /// Opens the file again. What it then has more than was told, is told.
+    fn reopen(&self, disk: &mut Disk) -> Result<(), StoreError> {
+        let displaced = |what: String| StoreError::Displaced { path: self.path.clone(), what };
+        let file = open_file(&self.path, false)?;
+        let length = file.metadata().map_err(|source| StoreError::File { path: self.path.clone(), source })?.len();
+        if length == 0 {
+            return Err(displaced("it is empty".to_owned()));
+        }
+        let (database, revision) = open(file, &self.path).map_err(|err| match err {
+            StoreError::File { source, .. } if !is_full(&source) => self.lost(source.to_string()),
+            StoreError::Backend(err) if is_lost(&err) => self.lost(err.to_string()),
+            StoreError::Damaged { what, .. } => displaced(what),
+            other => other,
+        })?;
+        if let Some(commit) = disk.doubtful.take_if(|commit| commit.revision == revision) {
+            self.feed.publish(commit);
+        }
+        if revision != self.feed.latest() {
+            return Err(displaced(format!("it is at revision {revision} instead of {}", self.feed.latest())));
+        }
+        info!(path = %self.path.display(), "opened the state store again after an error");
+        *disk = Disk::open(database);
+        Ok(())
+    }
+
     fn load(&self) -> Result<Contents, StoreError> {
         let mut disk = self.disk.lock();
-        let database = self.database(&mut disk)?;
-        self.read(database).map_err(StoreError::Backend)
+        let read = self.read(self.database(&mut disk)?);
+        read.map_err(|err| {
+            self.close(&mut disk, &err);
+            StoreError::Backend(err)
+        })
     }
 
     fn read(&self, database: &Database) -> Result<Contents, BackendError> {
-        let read = database.begin_read()?;
-        let revision = read.open_table(META)?.get("revision")?.map_or(0, |value| value.value());
+        let read = database.begin_read().map_err(backend)?;
+        let meta = read.open_table(META).map_err(backend)?;
+        let revision = meta.get("revision").map_err(backend)?.map_or(0, |value| value.value());
         let mut rows = Vec::new();
-        for entry in read.open_table(ROWS)?.iter()? {
-            let (at, bytes) = entry?;
+        for entry in read.open_table(ROWS).map_err(backend)?.iter().map_err(backend)? {
+            let (at, bytes) = entry.map_err(backend)?;
             let (name, key) = at.value();
             let unknown = || format!("{} holds rows of the unknown table {name:?}", self.path.display());
             let table = Table::from_name(name).ok_or_else(unknown)?;
@@ -191,6 +284,11 @@ impl Inner {
         }
         Ok(Contents { revision: Revision(revision), rows })
     }
+}
+
+/// In one type, by which [`is_lost`] knows it.
+fn backend(err: impl Into<redb::Error>) -> BackendError {
+    Box::new(err.into())
 }
 
 /// One redb transaction; dropped (and so rolled back) on any error.
@@ -236,7 +334,7 @@ fn write(database: &Database, transaction: Transaction) -> Result<Commit, WriteE
     let commit = Commit { revision, changes };
     match write.commit() {
         Ok(()) => Ok(commit),
-        Err(err) => Err(WriteError::Doubtful(commit, Box::new(redb::Error::from(err)))),
+        Err(err) => Err(WriteError::Doubtful(commit, backend(err))),
     }
 }
 
@@ -251,7 +349,7 @@ enum WriteError {
 
 impl<E: Into<redb::Error>> From<E> for WriteError {
     fn from(err: E) -> Self {
-        Self::Backend(Box::new(err.into()))
+        Self::Backend(backend(err))
     }
 }
 
@@ -299,65 +397,4 @@ impl Store for RedbStore {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn put(key: &str) -> Transaction {
-        let operation = Operation::Put(RowKey::new(Table::Services, key), Bytes::from_static(b"1"));
-        Transaction { guards: Vec::new(), operations: vec![operation] }
-    }
-
-    fn store() -> (tempfile::TempDir, Arc<Inner>) {
-        let directory = tempfile::tempdir().expect("a directory");
-        let store = RedbStore::open(&directory.path().join("state.redb")).expect("a new store");
-        store.inner.commit(put("first")).expect("committed");
-        (directory, store.inner)
-    }
-
-    #[test]
-    fn a_file_that_an_error_closed_is_opened_again_and_never_made_anew() {
-        let (_directory, inner) = store();
-        inner.disk.lock().database = None;
-        assert_eq!(inner.commit(put("second")).expect("committed"), Revision(2));
-        inner.disk.lock().database = None;
-        assert_eq!(inner.load().expect("loaded").rows.len(), 2);
-
-        inner.disk.lock().database = None;
-        let kept = std::fs::read(&inner.path).expect("a file");
-        std::fs::remove_file(&inner.path).expect("removed");
-        inner.commit(put("third")).expect_err("no file");
-        assert!(!inner.path.exists());
-        std::fs::write(&inner.path, "").expect("an empty file");
-        inner.commit(put("third")).expect_err("an empty file");
-        std::fs::remove_file(&inner.path).expect("removed");
-        drop(RedbStore::open(&inner.path).expect("that of another mesh"));
-        let other = inner.load().expect_err("of another mesh").to_string();
-        assert!(other.contains("it is at revision 0 instead of 2"), "{other}");
-        std::fs::write(&inner.path, kept).expect("restored");
-        assert_eq!(inner.commit(put("third")).expect("committed"), Revision(3));
-    }
-
-    /// Closes the file after a commit that is in it, as one whose number is `ahead` of that.
-    fn fail_at_the_end(inner: &Inner, ahead: u64) -> Revision {
-        let mut disk = inner.disk.lock();
-        let Ok(commit) = write(disk.database.as_ref().expect("open"), put("more")) else {
-            panic!("nothing is wrong with the file")
-        };
-        let revision = Revision(commit.revision.0 + ahead);
-        *disk = Disk { database: None, doubtful: Some(Commit { revision, ..commit }) };
-        revision
-    }
-
-    #[tokio::test]
-    async fn what_failed_at_the_end_is_told_if_the_file_has_it() {
-        let (_directory, inner) = store();
-        let mut watch = inner.feed.watch(Revision(1));
-        let revision = fail_at_the_end(&inner, 0);
-        inner.load().expect("opened again");
-        assert_eq!(watch.next().await.expect("told").revision, revision);
-        fail_at_the_end(&inner, 1);
-        let other = inner.load().expect_err("neither what was before nor what failed").to_string();
-        assert!(other.contains("it is at revision 3 instead of 2"), "{other}");
-        assert_eq!(inner.feed.latest(), Revision(2));
-    }
-}
+mod tests;
