@@ -72,7 +72,8 @@ struct Row {
 
 impl Row {
     fn known(&self) -> Option<Known> {
-        let (source, destination) = (ServiceName::new(&self.source).ok()?, ServiceName::new(&self.destination).ok()?);
+        let name = |text: &str| ServiceName::from_stored(text).ok();
+        let (source, destination) = (name(&self.source)?, name(&self.destination)?);
         let pair = Pair { source, destination, rule: String::new() };
         Some(Known { pair, callers: self.callers.clone(), called: self.called.clone() })
     }
@@ -260,6 +261,17 @@ mod tests {
         pairs.remove().expect("removed");
         pairs.remove().expect("nothing to remove");
         assert_eq!(std::fs::read_dir(directory.path()).expect("a directory").count(), 0);
+    }
+
+    #[test]
+    fn names_that_earlier_agents_took_are_read() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let row = r#"{"number":1,"source":"a..b","destination":"a-.b","callers":[1],"called":[[2,80]]}"#;
+        let content = format!(r#"{{"version":1,"next":2,"pairs":[{row}]}}"#);
+        std::fs::write(directory.path().join(FILE), content).expect("written");
+        let pairs = Pairs::load(directory.path(), 0);
+        assert_eq!(pairs.get(1).expect("a pair").source.as_str(), "a..b");
+        assert_eq!(pairs.denied(&view(Action::Deny, vec![], vec![])).len(), 1);
     }
 
     #[test]

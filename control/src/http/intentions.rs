@@ -67,6 +67,11 @@ fn subject(field: &str, text: &str) -> Result<IntentionSubject, Failure> {
     parsed.map_err(|err| ApiError::bad_request(format!("{field}: {err}")).into())
 }
 
+/// What is only looked for may have a name that an earlier build took.
+fn stored(field: &str, text: &str) -> Result<IntentionSubject, Failure> {
+    IntentionSubject::from_stored(text).map_err(|err| ApiError::bad_request(format!("{field}: {err}")).into())
+}
+
 fn service(field: &str, text: &str) -> Result<ServiceName, Failure> {
     ServiceName::new(text).map_err(|err| ApiError::bad_request(format!("{field}: {err}")).into())
 }
@@ -137,8 +142,8 @@ async fn put_exact(State(api): Shared, query: Query, body: Bytes) -> Reply {
 
 async fn delete_exact(State(api): Shared, query: Query) -> Reply {
     check_scope(&query, &api)?;
-    let source = subject("source", required(&query, "source")?)?;
-    let destination = subject("destination", required(&query, "destination")?)?;
+    let source = stored("source", required(&query, "source")?)?;
+    let destination = stored("destination", required(&query, "destination")?)?;
     api.intentions.delete(&source, &destination).await?;
     json(&api, &query, &true)
 }
@@ -153,7 +158,7 @@ async fn match_names(State(api): Shared, query: Query) -> Reply {
     };
     let mut names = Vec::new();
     for text in query.all("name").filter(|text| !text.is_empty()) {
-        names.push((text, subject("name", local_name("name", text)?)?));
+        names.push((text, stored("name", local_name("name", text)?)?));
     }
     if names.is_empty() {
         return Err(bad("required query parameter 'name' not set"));

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
-use culvert_types::{Encryption, HealthStatus, Intention, ServiceName};
+use culvert_types::{Encryption, HealthStatus, Intention, IntentionSubject, ServiceName};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -407,8 +407,8 @@ impl<'de> Deserialize<'de> for IntentionEntry {
         use serde::de::Error as _;
         let json = IntentionJson::deserialize(deserializer)?;
         let rule = Intention {
-            source: json.source.parse().map_err(D::Error::custom)?,
-            destination: json.destination.parse().map_err(D::Error::custom)?,
+            source: IntentionSubject::from_stored(&json.source).map_err(D::Error::custom)?,
+            destination: IntentionSubject::from_stored(&json.destination).map_err(D::Error::custom)?,
             action: json.action.parse().map_err(D::Error::custom)?,
         };
         let IntentionJson { id, description, meta, created_at, updated_at, .. } = json;

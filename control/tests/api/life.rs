@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::routing::get;
-use culvert_control::store::Table;
+use culvert_control::store::{Operation, RedbStore, RowKey, Store as _, Table, Transaction};
 use culvert_control::{Control, MeshView, NodeDialer, Reloadable, StartError};
 use culvert_types::{Action, Encryption, HealthStatus};
 use prometheus_client::registry::Registry;
@@ -46,6 +46,31 @@ async fn everything_acknowledged_is_there_after_a_restart() {
     let index = again.control.state().index(Table::Services);
     again.put("/v1/agent/service/register", body).await.ok();
     assert_eq!(again.control.state().index(Table::Services), index, "re-registration after a restart is free");
+}
+
+#[tokio::test]
+async fn an_intention_whose_names_an_earlier_build_took_is_listed_and_deleted() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let row = json!({
+        "source": "a..b", "destination": "a-.b", "action": "deny",
+        "created_at": {"secs_since_epoch": 1, "nanos_since_epoch": 0},
+        "updated_at": {"secs_since_epoch": 1, "nanos_since_epoch": 0},
+    });
+    let store = RedbStore::open(&directory.path().join("state.redb")).expect("a new store");
+    let put = Operation::Put(RowKey::new(Table::Intentions, "a-.b/a..b"), row.to_string().into());
+    store.commit(Transaction { guards: Vec::new(), operations: vec![put] }).await.expect("committed");
+    drop(store);
+
+    let mut kept = config();
+    kept.data_dir = Some(directory.path().to_owned());
+    let server = Server::with(kept).await;
+    assert_eq!(server.get("/v1/connect/intentions").await.ok()[0]["SourceName"], "a..b");
+    let matched = server.get("/v1/connect/intentions/match?by=source&name=a..b").await.ok();
+    assert_eq!(matched["a..b"][0]["DestinationName"], "a-.b");
+    let exact = "/v1/connect/intentions/exact?source=a..b&destination=a-.b";
+    assert_eq!(server.put(exact, json!({"Action": "allow"})).await.status, 400, "no new ones");
+    server.send("DELETE", exact, "").await.ok();
+    assert_eq!(server.get("/v1/connect/intentions").await.ok(), json!([]));
 }
 
 #[tokio::test]

@@ -76,6 +76,16 @@ impl IntentionSubject {
     }
 }
 
+impl IntentionSubject {
+    /// One that was stored: see [`ServiceName::from_stored`].
+    ///
+    /// # Errors
+    /// [`NameError`] when no build would have stored it.
+    pub fn from_stored(text: &str) -> Result<Self, NameError> {
+        if text == "*" { Ok(Self::Any) } else { ServiceName::from_stored(text).map(Self::Exact) }
+    }
+}
+
 impl fmt::Display for IntentionSubject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
