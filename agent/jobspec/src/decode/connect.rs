@@ -140,10 +140,11 @@ fn decode_upstream(proxy: &Reader<'_>, index: usize, block: &Block) -> Option<Up
         reader.missing(required);
     }
     let destination = reader.literal("destination_name");
-    if let Some(name) = destination.as_ref().filter(|name| ServiceName::new(&name.value).is_err()) {
+    if let Some(name) = &destination
+        && let Err(error) = ServiceName::new(&name.value)
+    {
         let message = format!("{:?} is not the name of a service", name.value);
-        let hint = "letters, digits, \"-\", \"_\" and \".\", at most 63 characters".to_owned();
-        reader.report(name.span.clone(), message, Some(hint));
+        reader.report(name.span.clone(), message, Some(error.to_string()));
     }
     let bind = address(&reader, "local_bind_address").unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
     if !bind.is_loopback() {

@@ -78,6 +78,12 @@ fn the_good_job_is_good() {
 }
 
 #[test]
+fn a_hint_says_what_is_wrong_with_a_name() {
+    let errors = refuse(&GOOD.replace("destination_name = \"api\"", "destination_name = \"a..b\"")).to_string();
+    assert!(errors.contains("hint: name \"a..b\" has to be usable in a server name"), "{errors}");
+}
+
+#[test]
 fn an_error_shows_file_line_column_text_and_hint() {
     let errors = refuse(&GOOD.replace("driver =", "drivr ="));
     assert_eq!(
