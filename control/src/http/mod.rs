@@ -119,6 +119,10 @@ async fn unknown_path(uri: Uri) -> Response<Body> {
 /// What holds of every answer: common headers, Consul's form of 405, `OPTIONS`, a deadline for bodies.
 async fn conventions(State(api): Shared, request: Request, next: Next) -> Response<Body> {
     let method = request.method().clone();
+    // RFC 9112 §3.2: which one counts, others may see otherwise.
+    if request.headers().get_all(HOST).iter().count() > 1 {
+        return reply::text(StatusCode::BAD_REQUEST, "more than one Host header");
+    }
     if let Some(host) = foreign_host(&request, &api.place.node) {
         let text = format!(
             "requests to the host name {host:?} are not accepted; use an address, localhost or the node's name"
@@ -153,7 +157,8 @@ fn foreign_host(request: &Request, node: &str) -> Option<String> {
     }
     let host = request.headers().get(HOST)?.to_str().unwrap_or("?").to_ascii_lowercase();
     let name = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        Some((address, _port)) => address,
+        Some((address, port)) if port.is_empty() || port.starts_with(':') => address,
+        Some(_) => "?",
         None => host.rsplit_once(':').map_or(host.as_str(), |(name, _port)| name),
     };
     let ours = name.is_empty()

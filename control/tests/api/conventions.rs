@@ -224,6 +224,10 @@ async fn a_page_whose_name_was_made_to_point_here_gets_nothing() {
         (address.to_string(), "200"),
         ("[::1]:8500".to_owned(), "200"),
         ("n1".to_owned(), "200"),
+        ("[::1]".to_owned(), "200"),
+        ("[::1].evil.example".to_owned(), "403"),
+        ("[127.0.0.1]evil.example:80".to_owned(), "403"),
+        (format!("localhost\r\nHost: {address}"), "400"),
     ] {
         let mut stream = TcpStream::connect(address).await.expect("connected");
         let request = format!("GET /v1/agent/services HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
