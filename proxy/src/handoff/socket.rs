@@ -93,7 +93,7 @@ pub enum ReceiveError {
     /// Not a message of this protocol.
     #[error("parse message")]
     Parse(#[source] serde_json::Error),
-    /// The message speaks of another number of descriptors than came.
+    /// The message speaks of another number of descriptors than came, or more were sent: there was no room for them.
     #[error("message speaks of {said} descriptors, {came} came")]
     Descriptors {
         /// What the message says.
@@ -175,10 +175,10 @@ impl ControlSocket {
         sent.map_err(SendError::Socket)
     }
 
-    /// Sends something that the other end does not understand.
+    /// Sends anything, with no descriptor.
     #[cfg(test)]
-    pub(crate) async fn send_damaged(&self) {
-        let sent = self.socket.async_io(Interest::WRITABLE, || send_once(self.socket.as_fd(), b"{]", &[])).await;
+    pub(crate) async fn send_raw(&self, bytes: &[u8]) {
+        let sent = self.socket.async_io(Interest::WRITABLE, || send_once(self.socket.as_fd(), bytes, &[])).await;
         sent.expect("the other end listens");
     }
 
@@ -187,30 +187,46 @@ impl ControlSocket {
     /// # Errors
     /// [`ReceiveError`]; descriptors of a refused message are closed.
     pub async fn recv<M: Message>(&self) -> Result<Option<(M, Vec<OwnedFd>)>, ReceiveError> {
+        let Some((message, descriptors)) = self.recv_parts().await? else { return Ok(None) };
+        Ok(Some((message, descriptors?)))
+    }
+
+    /// As [`Self::recv`], but gives out a message whose descriptors did not come as they should: with
+    /// [`ReceiveError::DescriptorsLost`] or [`ReceiveError::Descriptors`] in their place.
+    ///
+    /// # Errors
+    /// As [`Self::recv`].
+    pub async fn recv_parts<M: Message>(
+        &self,
+    ) -> Result<Option<(M, Result<Vec<OwnedFd>, ReceiveError>)>, ReceiveError> {
         let received = self.socket.async_io(Interest::READABLE, || {
             let mut incoming = self.incoming.lock();
             let (length, cut, descriptors) = receive_once(self.socket.as_fd(), &mut incoming)?;
             if cut.contains(ReturnFlags::TRUNC) {
                 return Ok(Err(ReceiveError::Truncated));
             }
-            if cut.contains(ReturnFlags::CTRUNC) {
-                return Ok(Err(ReceiveError::DescriptorsLost));
-            }
             if length == 0 {
                 return Ok(Ok(None)); // a message is never empty: end of file
             }
             Ok(serde_json::from_slice::<M>(&incoming[..length])
                 .map_err(ReceiveError::Parse)
-                .map(|m| Some((m, descriptors))))
+                .map(|m| Some((m, cut, descriptors))))
         });
         // A reset means that the other end died with our messages unread: the same as its end.
         let received = match received.await {
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
             other => other.map_err(ReceiveError::Socket)?,
         };
-        let Some((message, descriptors)) = received? else { return Ok(None) };
-        let (said, came) = (message.descriptors(), descriptors.len());
-        if said == came { Ok(Some((message, descriptors))) } else { Err(ReceiveError::Descriptors { said, came }) }
+        let Some((message, cut, descriptors)) = received? else { return Ok(None) };
+        let (said, came) = (M::descriptors(&message), descriptors.len());
+        let descriptors = if cut.contains(ReturnFlags::CTRUNC) {
+            Err(ReceiveError::DescriptorsLost)
+        } else if said != came {
+            Err(ReceiveError::Descriptors { said, came })
+        } else {
+            Ok(descriptors)
+        };
+        Ok(Some((message, descriptors)))
     }
 }
 
@@ -364,6 +380,24 @@ mod tests {
         assert!(matches!(received, Err(ReceiveError::DescriptorsLost)), "{received:?}");
         worker.send(&adopt, &[listener.as_fd()]).await.expect("still usable");
         assert!(agent.recv::<ToAgent>().await.expect("receive").is_some());
+    }
+
+    #[tokio::test]
+    async fn a_message_whose_descriptors_were_cut_off_says_what_it_was() {
+        const TOO_MANY: usize = 2 * MAX_DESCRIPTORS;
+        let (agent, worker) = ends();
+        let message =
+            ToWorker::AppSockets { proxy: "p".to_owned(), family: Family::V4, count: MAX_APP_SOCKETS, error: None };
+        let bytes = serde_json::to_vec(&message).expect("json");
+        let (stream, _) = StdStream::pair().expect("pair");
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(TOO_MANY))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let descriptors = [stream.as_fd(); TOO_MANY];
+        assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+        net::sendmsg(&agent.socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL).expect("send");
+        let (came, descriptors) = worker.recv_parts::<ToWorker>().await.expect("receive").expect("open");
+        assert_eq!(came, message);
+        assert!(matches!(descriptors, Err(ReceiveError::DescriptorsLost)), "{descriptors:?}");
     }
 
     #[tokio::test]

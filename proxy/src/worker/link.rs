@@ -82,8 +82,7 @@ impl Link {
         }
     }
 
-    /// Something of the agent's was lost, for want of descriptors perhaps: it may have been what a pool waits for, and would never
-    /// ask for again.
+    /// A message of the agent's came without its end: it may have been what a pool waits for, and would never ask for again.
     pub(super) fn missed(&self, reason: &str) {
         for pool in self.pools.lock().values() {
             pool.missed(reason);

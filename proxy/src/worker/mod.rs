@@ -187,7 +187,7 @@ async fn obey(agent: &ControlSocket, link: &Link, proxies: &mut Proxies) -> End 
             return End::Drained;
         }
         tokio::select! {
-            message = agent.recv::<ToWorker>() => match message {
+            message = agent.recv_parts::<ToWorker>() => match message {
                 Ok(Some((message, descriptors))) => handle(message, descriptors, link, proxies),
                 Ok(None) => return End::Gone,
                 Err(ReceiveError::Socket(error)) => {
@@ -196,7 +196,9 @@ async fn obey(agent: &ControlSocket, link: &Link, proxies: &mut Proxies) -> End 
                 }
                 Err(error) => {
                     error!(%error, "the agent sent what is not understood");
-                    link.missed(&error.to_string());
+                    if matches!(error, ReceiveError::Truncated) {
+                        link.missed(&error.to_string());
+                    }
                 }
             },
             Some((proxy, traffic)) = proxies.next_gone() => {
@@ -208,14 +210,22 @@ async fn obey(agent: &ControlSocket, link: &Link, proxies: &mut Proxies) -> End 
     }
 }
 
-fn handle(message: ToWorker, mut descriptors: Vec<OwnedFd>, link: &Link, proxies: &mut Proxies) {
+fn handle(message: ToWorker, descriptors: Result<Vec<OwnedFd>, ReceiveError>, link: &Link, proxies: &mut Proxies) {
+    // What came of them when some are missing is of no use: who asked is refused, and nobody else.
+    let (mut descriptors, missing) = match descriptors {
+        Ok(descriptors) => (descriptors, None),
+        Err(error) => (Vec::new(), Some(error.to_string())),
+    };
+    if let Some(missing) = &missing {
+        error!(error = missing, "a message of the agent's came without its descriptors");
+    }
     match message {
         ToWorker::Serve { proxy, cluster, node, token } => proxies.serve(&proxy, &cluster, &node, token),
         ToWorker::Stop { proxy, deadline_ms } => proxies.stop(&proxy, Duration::from_millis(deadline_ms)),
         ToWorker::Ping => proxies.pong(),
         ToWorker::Drain { deadline_ms } => proxies.start_drain(Duration::from_millis(deadline_ms)),
         ToWorker::Listener { request, result } | ToWorker::XdsConnection { request, result } => {
-            link.answered(request, result, descriptors.pop());
+            link.answered(request, missing.map_or(result, Err), descriptors.pop());
         }
         ToWorker::AppSockets { proxy, family, error, .. } => {
             if let Some(error) = &error {
@@ -223,7 +233,7 @@ fn handle(message: ToWorker, mut descriptors: Vec<OwnedFd>, link: &Link, proxies
             }
             let pool = link.pools.lock().get(&proxy).cloned();
             if let Some(pool) = pool {
-                pool.fill(family, descriptors, error);
+                pool.fill(family, descriptors, missing.or(error));
             }
         }
     }
@@ -311,107 +321,4 @@ async fn send(agent: &ControlSocket, message: &ToAgent, descriptors: &[BorrowedF
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::handoff::Family;
-    use crate::sockets::Sockets as _;
-
-    #[test]
-    fn a_worker_without_an_agent_lives_as_long_as_its_last_certificate() {
-        let now = 1_800_000_000;
-        assert_eq!(orphan_life(Some(now + 72 * 3600), now), Duration::from_secs(72 * 3600));
-        for nobody_could_connect in [None, Some(now), Some(now - 5), Some(now + 5)] {
-            assert_eq!(orphan_life(nobody_could_connect, now), ORPHAN_LIFE);
-        }
-        assert_eq!(orphan_life(Some(u64::MAX), now), MAX_ORPHAN_LIFE);
-    }
-
-    #[tokio::test]
-    async fn an_agent_hears_nothing_that_was_meant_for_the_one_before() {
-        let threads = DataThreads::new(1).expect("thread");
-        let mut worker = Worker::new(threads.placement());
-        let stale = ToAgent::MoreAppSockets { proxy: "web".to_owned(), family: Family::V4, count: 1 };
-        worker.link.tell(stale).await;
-        let (agent, other_end) = ControlSocket::pair().expect("socketpair");
-        let control = ControlSocket::new(other_end).expect("control socket");
-        let hears = async {
-            agent.send(&ToWorker::Ping, &[]).await.expect("the worker listens");
-            let hello = agent.recv::<ToAgent>().await;
-            assert!(matches!(hello, Ok(Some((ToAgent::Hello { .. }, _)))), "{hello:?}");
-            let next = agent.recv::<ToAgent>().await;
-            assert!(matches!(next, Ok(Some((ToAgent::Pong, _)))), "{next:?}");
-        };
-        tokio::select! {
-            end = worker.attend(&control, vec![(hello(), None)]) => panic!("{end:?}"),
-            () = hears => {}
-        }
-    }
-
-    #[tokio::test]
-    async fn sockets_that_got_lost_are_asked_for_again() {
-        let threads = DataThreads::new(1).expect("thread");
-        let mut worker = Worker::new(threads.placement());
-        let (link, pool) = (Arc::clone(&worker.link), Arc::new(pool::Pool::default()));
-        link.pools.lock().insert("web".to_owned(), Arc::clone(&pool));
-        let sockets = pool::HandedSockets { proxy: "web".to_owned(), link, pool };
-        let (agent, other_end) = ControlSocket::pair().expect("socketpair");
-        let control = ControlSocket::new(other_end).expect("control socket");
-        let takes = async {
-            let hello = agent.recv::<ToAgent>().await;
-            assert!(matches!(hello, Ok(Some((ToAgent::Hello { .. }, _)))), "{hello:?}");
-            for _ in 0..2 {
-                let taken = sockets.app_socket(Family::V4);
-                let answered = async {
-                    let asked = agent.recv::<ToAgent>().await;
-                    assert!(matches!(asked, Ok(Some((ToAgent::MoreAppSockets { .. }, _)))), "{asked:?}");
-                    agent.send_damaged().await;
-                };
-                let (taken, ()) = futures::join!(timeout(Duration::from_secs(5), taken), answered);
-                taken.expect("who waits is told").expect_err("nothing came");
-            }
-        };
-        tokio::select! {
-            end = worker.attend(&control, vec![(hello(), None)]) => panic!("{end:?}"),
-            () = takes => {}
-        }
-    }
-
-    #[tokio::test]
-    async fn events_that_come_together_are_sent_together_and_none_is_lost() {
-        const EVENTS: u64 = 1000;
-        let threads = DataThreads::new(1).expect("thread");
-        let mut worker = Worker::new(threads.placement());
-        let events = worker.proxies.events().clone();
-        let (agent, other_end) = ControlSocket::pair().expect("socketpair");
-        let control = ControlSocket::new(other_end).expect("control socket");
-        let hears = async {
-            let (mut messages, mut next) = (0, 0);
-            while next < EVENTS {
-                let heard = agent.recv::<ToAgent>().await;
-                let Ok(Some((ToAgent::Events(records), _))) = heard else { continue };
-                messages += 1;
-                for record in records {
-                    assert_eq!(record.bytes_to_source, next, "in order");
-                    next += 1;
-                }
-            }
-            messages
-        };
-        for number in 0..EVENTS {
-            events.emit(crate::testing::event(number));
-        }
-        let messages = tokio::select! {
-            end = worker.attend(&control, vec![(hello(), None)]) => panic!("{end:?}"),
-            messages = hears => messages,
-        };
-        assert!((2..EVENTS / 5).contains(&messages), "more than a message holds, in {messages} messages");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn it_calls_for_just_as_long() {
-        let (start, life) = (Instant::now(), Duration::from_secs(3600));
-        let owner = rustix::process::geteuid().as_raw();
-        assert!(find_agent("culvert/test/nobody", owner, life).await.is_none());
-        assert!((life..life + LATE_CALL_PAUSE).contains(&start.elapsed()));
-    }
-}
+mod tests;

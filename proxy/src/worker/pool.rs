@@ -98,6 +98,9 @@ impl Pool {
             {
                 let mut stock = self.stock(family).lock();
                 let socket = stock.sockets.pop();
+                if socket.is_none() && stock.refusals != first {
+                    return Err(io::Error::other(stock.refusal.clone()));
+                }
                 if stock.sockets.len() < LOW_WATER && !stock.asked && !stock.away {
                     let count = if socket.is_none() { MAX_APP_SOCKETS } else { BATCH };
                     match link.ask_app_sockets(proxy, family, count) {
@@ -110,9 +113,6 @@ impl Pool {
                 }
                 if let Some(socket) = socket {
                     return Ok(socket);
-                }
-                if stock.refusals != first {
-                    return Err(io::Error::other(stock.refusal.clone()));
                 }
             }
             changed.await;
