@@ -101,7 +101,7 @@ impl Worker {
         let (link, messages) = Link::new();
         let (events, reader) = Events::new(Arc::new(Metrics::default()));
         let proxies = Proxies::new(Arc::clone(&link), threads, events);
-        Self { link, proxies, outbox: Outbox { messages, events: reader, over: None } }
+        Self { link, proxies, outbox: Outbox { messages, events: reader, over: None, unsent: None, lost: 0 } }
     }
 
     /// Serves one agent after the other, until drained.
@@ -144,7 +144,7 @@ impl Worker {
         proxies.retry();
         let end = tokio::select! {
             end = obey(agent, link, proxies) => end,
-            () = &mut sending => End::Gone,
+            _ = &mut sending => End::Gone,
         };
         if end == End::Drained {
             finish.cancel();
@@ -248,20 +248,28 @@ struct Outbox {
     events: EventReader,
     /// An event that the last message had no room for.
     over: Option<EventRecord>,
+    /// Events on their way. If their agent ends before it has them, the next one gets them.
+    unsent: Option<ToAgent>,
+    /// How many events were lost that no agent knows of yet.
+    lost: u64,
 }
 
 impl Outbox {
     /// Sends until the agent is gone; after `finish` until nothing waits any more. Messages go first, events when none waits.
-    async fn send_all(&mut self, agent: &ControlSocket, introduction: Vec<Parcel>, finish: CancellationToken) {
+    async fn send_all(
+        &mut self,
+        agent: &ControlSocket,
+        introduction: Vec<Parcel>,
+        finish: CancellationToken,
+    ) -> Result<(), Gone> {
         for (message, descriptor) in introduction {
             let descriptors: Vec<BorrowedFd<'_>> = descriptor.iter().map(AsFd::as_fd).collect();
-            if send(agent, &message, &descriptors).await.is_err() {
-                return;
-            }
+            send(agent, &message, &descriptors).await?;
         }
         let mut rest_until = Instant::now();
         loop {
-            let Self { messages, events, over } = self;
+            self.send_events(agent).await?;
+            let Self { messages, events, over, .. } = self;
             let event = async {
                 if let Some(over) = over.take() {
                     return Some(over);
@@ -269,25 +277,33 @@ impl Outbox {
                 let _in_a_hurry = timeout_at(rest_until, finish.cancelled()).await;
                 events.next().await.map(|event| EventRecord::from(&event))
             };
-            let message = tokio::select! {
+            tokio::select! {
                 biased;
-                Some(message) = messages.recv() => message,
+                Some(message) = messages.recv() => send(agent, &message, &[]).await?,
                 Some(first) = event => {
-                    let batch = self.batch(first);
+                    self.unsent = Some(self.batch(first));
                     if self.over.is_none() {
                         rest_until = Instant::now() + EVENT_REST;
                     }
-                    batch
                 }
-                () = finish.cancelled() => return,
-            };
-            let lost = self.events.take_lost();
-            if send(agent, &message, &[]).await.is_err()
-                || lost > 0 && send(agent, &ToAgent::EventsLost { count: lost }, &[]).await.is_err()
-            {
-                return;
+                () = finish.cancelled() => return Ok(()),
             }
         }
+    }
+
+    /// Sends the events on their way, and the number of those lost. Forgets neither before that has succeeded: this future may be
+    /// dropped at any time.
+    async fn send_events(&mut self, agent: &ControlSocket) -> Result<(), Gone> {
+        if let Some(events) = &self.unsent {
+            send(agent, events, &[]).await?;
+            self.unsent = None;
+        }
+        self.lost += self.events.take_lost();
+        if self.lost > 0 {
+            send(agent, &ToAgent::EventsLost { count: self.lost }, &[]).await?;
+            self.lost = 0;
+        }
+        Ok(())
     }
 
     /// `first`, and as many as wait behind it and fit the same message.
@@ -309,10 +325,14 @@ impl Outbox {
     }
 }
 
-async fn send(agent: &ControlSocket, message: &ToAgent, descriptors: &[BorrowedFd<'_>]) -> Result<(), ()> {
+/// The agent is gone.
+#[derive(Debug)]
+struct Gone;
+
+async fn send(agent: &ControlSocket, message: &ToAgent, descriptors: &[BorrowedFd<'_>]) -> Result<(), Gone> {
     match agent.send(message, descriptors).await {
         Ok(()) => Ok(()),
-        Err(SendError::Socket(_)) => Err(()),
+        Err(SendError::Socket(_)) => Err(Gone),
         Err(error) => {
             error!(%error, "a message to the agent was not sent");
             Ok(())

@@ -1,6 +1,11 @@
 //! A worker against an agent's end of the control socket.
 
+use std::task::Poll;
+
+use futures::poll;
+
 use super::*;
+use crate::events::EVENT_QUEUE;
 use crate::handoff::{Family, MAX_APP_SOCKETS};
 use crate::sockets::Sockets as _;
 
@@ -158,6 +163,94 @@ async fn events_that_come_together_are_sent_together_and_none_is_lost() {
         messages = hears => messages,
     };
     assert!((2..EVENTS / 5).contains(&messages), "more than a message holds, in {messages} messages");
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_event_is_told_at_once_and_those_within_the_rest_together() {
+    let threads = DataThreads::new(1).expect("thread");
+    let mut worker = Worker::new(threads.placement());
+    let events = worker.proxies.events().clone();
+    let (agent, control) = ends();
+    let numbers = async || match hear(&agent).await {
+        ToAgent::Events(records) => records.iter().map(|record| record.bytes_to_source).collect::<Vec<_>>(),
+        other => panic!("{other:?}"),
+    };
+    let hears = async {
+        assert!(matches!(hear(&agent).await, ToAgent::Hello { .. }));
+        events.emit(crate::testing::event(0));
+        assert_eq!(numbers().await, [0]);
+        let rest = numbers();
+        let mut rest = std::pin::pin!(rest);
+        for number in 1..=2 {
+            events.emit(crate::testing::event(number));
+            for _ in 0..100 {
+                assert!(matches!(poll!(&mut rest), Poll::Pending), "told within the rest");
+                tokio::task::yield_now().await;
+            }
+        }
+        tokio::time::advance(EVENT_REST).await;
+        assert_eq!(rest.await, [1, 2]);
+    };
+    // Time stands still as long as somebody has something to do.
+    let busy = async {
+        loop {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::select! {
+        end = worker.attend(&control, vec![(hello(), None)]) => panic!("{end:?}"),
+        () = busy => {}
+        () = hears => {}
+    }
+}
+
+#[tokio::test]
+async fn events_that_an_agent_did_not_get_are_told_to_the_next() {
+    const LOST: u64 = 5;
+    let waiting = u64::try_from(EVENT_QUEUE).expect("a number");
+    let threads = DataThreads::new(1).expect("thread");
+    let mut worker = Worker::new(threads.placement());
+    let events = worker.proxies.events().clone();
+    for number in 0..waiting + LOST {
+        events.emit(crate::testing::event(number));
+    }
+    let (mut next, mut lost) = (0, 0);
+    let mut count = |message| match message {
+        ToAgent::Events(records) => {
+            for record in records {
+                assert_eq!(record.bytes_to_source, next, "in order, each once");
+                next += 1;
+            }
+            next
+        }
+        ToAgent::EventsLost { count } => {
+            lost += count;
+            next
+        }
+        other => panic!("{other:?}"),
+    };
+    // One is gone before it is told how many were lost.
+    let (agent, control) = ends();
+    drop(agent);
+    worker.outbox.send_all(&control, vec![], CancellationToken::new()).await.expect_err("gone");
+    // One ends with a message on its way: there are more than the socket holds.
+    let (agent, control) = ends();
+    let hears = async { while count(hear(&agent).await) == 0 {} };
+    tokio::select! {
+        end = worker.attend(&control, vec![]) => panic!("{end:?}"),
+        () = hears => {}
+    }
+    drop(control);
+    while let Some((message, _)) = agent.recv::<ToAgent>().await.expect("understood") {
+        assert!(count(message) < waiting, "the socket holds all of them");
+    }
+    let (agent, control) = ends();
+    let hears = async { while count(hear(&agent).await) < waiting {} };
+    tokio::select! {
+        end = worker.attend(&control, vec![]) => panic!("{end:?}"),
+        () = hears => {}
+    }
+    assert_eq!(lost, LOST);
 }
 
 #[tokio::test(start_paused = true)]
