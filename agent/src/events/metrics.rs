@@ -3,7 +3,7 @@
 //! Connections of the direct path that are open, and their bytes, follow from events. Those of the proxied path are what the
 //! worker says it carries: its connections may be older than this agent, and it may be killed with them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use culvert_proxy::handoff::{SideTraffic, Traffic};
 use culvert_types::{ConnectionEvent, ConnectionKind, Path, Verdict};
@@ -13,6 +13,9 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
+
+/// Direct connections of one service and side that are remembered as open (8 bytes each); more are not counted.
+const MAX_DIRECT: usize = 262_144;
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
 struct Side {
@@ -52,6 +55,8 @@ pub(super) struct ConnectionMetrics {
     refused: Family<Refusal, Counter>,
     bytes: Family<Bytes, Counter>,
     lost: Counter,
+    /// Direct connections whose beginning was told and whose end was not, by their cookies.
+    direct: Mutex<HashMap<Side, HashSet<u64>>>,
     /// What was last said, by proxy and side.
     carried: Mutex<HashMap<(String, bool), Carried>>,
 }
@@ -71,6 +76,7 @@ impl ConnectionMetrics {
             refused: Family::default(),
             bytes: Family::default(),
             lost: Counter::default(),
+            direct: Mutex::default(),
             carried: Mutex::default(),
         };
         registry.register(
@@ -94,25 +100,37 @@ impl ConnectionMetrics {
         self.lost.inc_by(count);
     }
 
-    pub(super) fn count(&self, service: &str, event: &ConnectionEvent) {
+    /// `cookie` ties the events of one direct connection together.
+    pub(super) fn count(&self, service: &str, event: &ConnectionEvent, cookie: Option<u64>) {
         let side = Side::of(service, event.inbound, event.path);
         match event.kind {
             ConnectionKind::Open => {
                 self.opened.get_or_create(&side).inc();
-                if event.path == Path::Direct {
-                    self.open.get_or_create(&side).inc();
-                }
             }
             ConnectionKind::Close if event.path == Path::Direct => {
-                self.open.get_or_create(&side).dec();
                 self.payload(&side, "to_destination", event.bytes_to_destination);
                 self.payload(&side, "to_source", event.bytes_to_source);
             }
             ConnectionKind::Close | ConnectionKind::Refuse => {}
         }
+        if let Some(cookie) = cookie {
+            self.direct(&side, event.kind, cookie);
+        }
         if event.verdict == Verdict::Deny {
             self.refuse(side, event);
         }
+    }
+
+    /// An end without a beginning, of a connection that is older than this agent, changes nothing.
+    fn direct(&self, side: &Side, kind: ConnectionKind, cookie: u64) {
+        let mut direct = self.direct.lock();
+        let open = direct.entry(side.clone()).or_default();
+        match kind {
+            ConnectionKind::Open if open.len() < MAX_DIRECT => drop(open.insert(cookie)),
+            ConnectionKind::Close => drop(open.remove(&cookie)),
+            ConnectionKind::Open | ConnectionKind::Refuse => {}
+        }
+        self.open.get_or_create(side).set(i64::try_from(open.len()).unwrap_or(i64::MAX));
     }
 
     pub(super) fn traffic(&self, proxy: &str, service: &str, traffic: &Traffic) {
@@ -219,9 +237,12 @@ mod tests {
         let direct = ["path=\"direct\"", "service=\"web\""];
         let proxied = ["path=\"proxied\"", "service=\"web\"", "side=\"outbound\""];
         for path in [Path::Direct, Path::Proxied] {
-            metrics.count("web", &event(ConnectionKind::Open, path));
-            metrics.count("web", &event(ConnectionKind::Open, path));
-            metrics.count("web", &event(ConnectionKind::Close, path));
+            let count = |kind, cookie| {
+                metrics.count("web", &event(kind, path), (path == Path::Direct).then_some(cookie));
+            };
+            count(ConnectionKind::Open, 1);
+            count(ConnectionKind::Open, 2);
+            count(ConnectionKind::Close, 1);
         }
         assert_eq!(value(&registry, "connections_open", &direct), 1);
         assert_eq!(value(&registry, "payload_bytes_total", &direct), 12);
@@ -233,6 +254,25 @@ mod tests {
         assert_eq!(value(&registry, "connections_open", &proxied), 3, "two instances of one service");
         let to_destination = [&proxied[..], &["to_destination"]].concat();
         assert_eq!(value(&registry, "payload_bytes_total", &to_destination), 160, "while they are open");
+    }
+
+    #[test]
+    fn the_end_of_a_connection_that_is_older_than_the_agent_takes_nothing_away() {
+        let (metrics, registry) = metrics();
+        let open = || value(&registry, "connections_open", &["path=\"direct\"", "service=\"web\""]);
+        let count = |kind, cookie| metrics.count("web", &event(kind, Path::Direct), Some(cookie));
+        count(ConnectionKind::Close, 1);
+        assert_eq!(open(), 0);
+        count(ConnectionKind::Open, 2);
+        count(ConnectionKind::Close, 1);
+        assert_eq!(open(), 1);
+        count(ConnectionKind::Close, 2);
+        assert_eq!(open(), 0);
+        assert_eq!(
+            value(&registry, "payload_bytes_total", &["to_destination"]),
+            15,
+            "their bytes are told all the same"
+        );
     }
 
     #[test]

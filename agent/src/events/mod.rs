@@ -37,7 +37,17 @@ impl EventHub {
 
     /// Counts `event` and passes it on. `service` is the local service whose side reports, for the metric label.
     pub fn publish(&self, service: &str, event: ConnectionEvent) {
-        self.metrics.count(service, &event);
+        self.metrics.count(service, &event, None);
+        self.observed(event);
+    }
+
+    /// As [`EventHub::publish`], for the beginning or end of a direct connection; `cookie` tells which one.
+    pub fn publish_direct(&self, service: &str, event: ConnectionEvent, cookie: u64) {
+        self.metrics.count(service, &event, Some(cookie));
+        self.observed(event);
+    }
+
+    fn observed(&self, event: ConnectionEvent) {
         // Nobody observing is the usual case, not an error.
         drop(self.observers.send(Arc::new(event)));
     }

@@ -87,7 +87,7 @@ impl Relay<'_> {
                 reporter: self.reporter(workload, service).await,
                 ..self.event(connection.at, kind, Some(&pair), inbound, peer)
             };
-            self.hub.publish(service.as_str(), told(event, revoked.as_ref()));
+            self.hub.publish_direct(service.as_str(), told(event, revoked.as_ref()), connection.cookie);
         }
     }
 
