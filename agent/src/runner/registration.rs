@@ -138,10 +138,16 @@ pub(super) fn check(job: &Job, node: &NodeContext) -> Result<(), RunError> {
         let address = SidecarAddress { advertised: unspecified, workload: unspecified, ipv6: true };
         let allocated = Allocated { id: &id, group, ports: &context.ports, environment: &environment, address };
         for registration in registrations(&allocated)? {
+            check_name(group, &registration.service)?;
             decode(&registration.body)?;
         }
     }
     Ok(())
+}
+
+fn check_name(group: &Group, name: &str) -> Result<(), RegistrationError> {
+    let checked = ServiceName::new(name);
+    checked.map(drop).map_err(|source| RegistrationError::Name { group: group.name.clone(), source })
 }
 
 fn registration(allocation: &Allocated<'_>, service: &Service) -> Result<Registration, RegistrationError> {
@@ -150,7 +156,10 @@ fn registration(allocation: &Allocated<'_>, service: &Service) -> Result<Registr
     let texts =
         |templates: &[Template], field| templates.iter().map(|one| text(one, field)).collect::<Result<Vec<_>, _>>();
     let name = text(&service.name, "name")?;
-    ServiceName::new(&name).map_err(|source| RegistrationError::Name { group: group.name.clone(), source })?;
+    if service.connect.is_some() {
+        // Any other name that runs since before there was a rule goes on: no identity is made of it.
+        check_name(group, &name)?;
+    }
     let port = service.port.as_ref().map(|port| inside_port(allocation, port)).transpose()?;
     let label = service.port.as_ref().map_or_else(String::new, |port| match port {
         PortRef::Label(label) => label.clone(),
@@ -296,6 +305,24 @@ mod tests {
             ..NodeContext::default()
         };
         check(&job, &node("web")).expect("a name");
+        let blank = "a name with blanks";
+        assert!(chain(&check(&job, &node(blank)).expect_err("blanks")).contains(blank));
+        // What runs is not ended for its name.
+        let id = AllocId::random();
+        let (group, ports, unspecified) = (&job.groups[0], BTreeMap::new(), IpAddr::from(Ipv4Addr::UNSPECIFIED));
+        let context = AllocContext {
+            alloc_id: id.to_string(),
+            index: 0,
+            node: node(blank),
+            host_ip: unspecified,
+            alloc_ip: unspecified,
+            alloc_interface: INTERFACE.to_owned(),
+            ports: BTreeMap::new(),
+        };
+        let environment = &Environment::of_group(&job, group, &context).expect("an environment");
+        let address = SidecarAddress { advertised: unspecified, workload: unspecified, ipv6: true };
+        let running = Allocated { id: &id, group, ports: &ports, environment, address };
+        assert_eq!(registrations(&running).expect("taken over")[0].service, blank);
         let refused = check(&job, &node("../../etc")).expect_err("a path");
         assert!(chain(&refused).contains("name \"../../etc\" must start"), "{}", chain(&refused));
     }
