@@ -40,7 +40,7 @@ impl From<SubmitError> for Failure {
     fn from(error: SubmitError) -> Self {
         let status = match &error {
             SubmitError::UnknownJob(_) => StatusCode::NOT_FOUND,
-            SubmitError::Record(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            SubmitError::Record(_) | SubmitError::Left { .. } => StatusCode::INTERNAL_SERVER_ERROR,
             SubmitError::Leaving => StatusCode::SERVICE_UNAVAILABLE,
             SubmitError::NotRunnable(_)
             | SubmitError::Datacenter { .. }

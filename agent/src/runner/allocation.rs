@@ -326,7 +326,11 @@ impl Allocation {
         for attempt in 1..=REMOVE_ATTEMPTS {
             match self.remove().await {
                 Ok(()) => break,
-                Err(error) => warn!(alloc = %self.id, attempt, error = chain(&error), "allocation is not removed yet"),
+                Err(error) => {
+                    let error = chain(&error);
+                    warn!(alloc = %self.id, attempt, error, "allocation is not removed yet");
+                    self.view.send_modify(|view| view.error = Some(error));
+                }
             }
             tokio::time::sleep(FIRST_PAUSE * attempt).await;
         }

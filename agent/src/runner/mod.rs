@@ -74,6 +74,16 @@ impl Drop for End {
     }
 }
 
+/// A job on its way out.
+struct Stopping {
+    /// As it was wanted until now; `None` if it is forgotten already, and only something of it is left.
+    job: Option<JobRecord>,
+    running: BTreeMap<String, watch::Receiver<AllocationView>>,
+    endings: Vec<CancellationToken>,
+    /// Whether the next agent knows that it is stopped.
+    written: Result<(), RecordError>,
+}
+
 /// The runner.
 pub struct Runner {
     node: Arc<NodeServices>,
@@ -124,31 +134,67 @@ impl Runner {
     /// Stops every allocation of a job; returns when everything of them is gone. `purge` forgets the job as well.
     ///
     /// # Errors
-    /// [`SubmitError::UnknownJob`].
+    /// [`SubmitError::UnknownJob`]; [`SubmitError::Left`] when something could not be removed; [`SubmitError::Record`] when
+    /// the next agent would run the job again.
     pub async fn stop(&self, id: &str, purge: bool) -> Result<Vec<String>, SubmitError> {
-        let (running, endings) = self.begin_stop(id, purge)?;
+        let Stopping { job, running, endings, written } = self.begin_stop(id, purge)?;
         wait(endings).await;
-        Ok(running)
+        if let (Some(job), Err(error)) = (job, written) {
+            warn!(job = id, error = chain(&error), "that a job is stopped is not written down; trying again");
+            self.stop_again(&job, purge)?;
+        }
+        let left = self.node.records.allocations();
+        let left = running.iter().filter(|(id, _)| left.iter().any(|record| record.id == **id)).map(|(id, view)| {
+            let why = view.borrow().error.clone().unwrap_or_else(|| "the agent's log says why".to_owned());
+            format!("allocation {id}: {why}")
+        });
+        let left = left.collect::<Vec<_>>().join("; ");
+        if !left.is_empty() {
+            return Err(SubmitError::Left { job: id.to_owned(), left });
+        }
+        Ok(running.into_keys().collect())
     }
 
-    fn begin_stop(&self, id: &str, purge: bool) -> Result<(Vec<String>, Vec<CancellationToken>), SubmitError> {
+    fn begin_stop(&self, id: &str, purge: bool) -> Result<Stopping, SubmitError> {
         let _one_at_a_time = self.leaving.lock();
-        let mut record = self.job(id).ok_or_else(|| SubmitError::UnknownJob(id.to_owned()))?;
         self.remove_leftovers(|allocation| allocation.job.id == id);
-        let running: Vec<String> =
-            self.views().into_iter().filter(|view| view.record.job.id == id).map(|view| view.record.id).collect();
-        record.stopped = true;
+        let running: BTreeMap<String, watch::Receiver<AllocationView>> = {
+            let live = self.live.lock();
+            let own = live.iter().filter(|(_, live)| live.view.borrow().record.job.id == id);
+            own.map(|(id, live)| (id.clone(), live.view.clone())).collect()
+        };
+        let job = self.job(id);
+        if job.is_none() && running.is_empty() {
+            return Err(SubmitError::UnknownJob(id.to_owned()));
+        }
         // First of all: a task that filled the disk must end, whether that can be written down or not.
-        running.iter().for_each(|id| self.stop_allocation(id));
-        let endings = self.endings(&running);
+        running.keys().for_each(|id| self.stop_allocation(id));
+        let endings = self.endings(&running.keys().cloned().collect::<Vec<_>>());
+        let written = job.as_ref().map_or(Ok(()), |job| self.write_stop(job, purge));
+        Ok(Stopping { job, running, endings, written })
+    }
+
+    /// As [`Runner::write_stop`], once the allocations are gone, which makes room.
+    fn stop_again(&self, job: &JobRecord, purge: bool) -> Result<(), RecordError> {
+        let _one_at_a_time = self.leaving.lock();
+        let id = &job.job.id;
+        let same = self.job(id).is_some_and(|now| now.version == job.version && now.submitted == job.submitted);
+        let runs = |view: AllocationView| view.record.job.id == *id && !view.record.stopping;
+        // Whoever submitted it meanwhile wants it to run.
+        if same && !self.views().into_iter().any(runs) { self.write_stop(job, purge) } else { Ok(()) }
+    }
+
+    fn write_stop(&self, job: &JobRecord, purge: bool) -> Result<(), RecordError> {
+        let id = &job.job.id;
         if purge {
             self.node.records.remove_job(id)?;
             self.jobs.lock().remove(id);
         } else {
+            let record = JobRecord { stopped: true, ..job.clone() };
             self.node.records.put_job(&record)?;
-            self.jobs.lock().insert(id.to_owned(), record);
+            self.jobs.lock().insert(id.clone(), record);
         }
-        Ok((running, endings))
+        Ok(())
     }
 
     /// Begins anew to remove allocations that could not be removed when they were stopped: on a full disk, say.

@@ -46,6 +46,14 @@ pub enum SubmitError {
     /// The agent is leaving.
     #[error("the agent is leaving this node; no job is run any more")]
     Leaving,
+    /// A job is stopped, but its allocations are not all removed.
+    #[error("job {job:?} is stopped, but not everything of it could be removed ({left}); mend that and stop it again")]
+    Left {
+        /// The job.
+        job: String,
+        /// The allocations, with the reasons.
+        left: String,
+    },
     /// No such job.
     #[error("no job {0:?}")]
     UnknownJob(String),
@@ -103,6 +111,8 @@ impl Runner {
         if *leaving {
             return Err(SubmitError::Leaving);
         }
+        // What an earlier stop could not remove may still be in the catalog, or hold a port.
+        self.remove_leftovers(|allocation| allocation.job.id == job.id);
         let Prepared { record, comparison, created: planned, .. } = self.prepare(job)?;
         let Comparison { kept, stop, .. } = comparison;
         self.node.records.submit(&record, &planned)?;
