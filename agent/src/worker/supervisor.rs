@@ -326,16 +326,8 @@ impl Supervisor {
                 self.send(worker, &ToWorker::AppSockets { proxy, family, count, error }, &made).await
             }
             ToAgent::ConnectXds { request } => self.connect_xds(worker, request).await,
-            ToAgent::Event(record) => {
-                self.event(record);
-                Ok(())
-            }
-            ToAgent::Events(records) => {
-                records.into_iter().for_each(|record| self.event(record));
-                Ok(())
-            }
-            ToAgent::EventsLost { count } => {
-                self.surroundings.events_lost(count);
+            ToAgent::Event(_) | ToAgent::Events(_) | ToAgent::EventsLost { .. } => {
+                self.hear(message);
                 Ok(())
             }
             ToAgent::Status(status) => {
@@ -479,14 +471,22 @@ impl Supervisor {
         }
     }
 
+    /// Takes in what is told of connections.
+    fn hear(&self, message: ToAgent) {
+        match message {
+            ToAgent::Event(record) => self.event(record),
+            ToAgent::Events(records) => records.into_iter().for_each(|record| self.event(record)),
+            ToAgent::EventsLost { count } => self.surroundings.events_lost(count),
+            _ => {}
+        }
+    }
+
     async fn shut_down(&mut self, worker: Worker, deadline: Duration, done: oneshot::Sender<()>) {
         let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
         if self.send(&worker, &ToWorker::Drain { deadline_ms }, &[]).await.is_ok() {
             let drained = async {
                 while let Ok(Some((message, _))) = worker.control.recv::<ToAgent>().await {
-                    if let ToAgent::Events(records) = message {
-                        records.into_iter().for_each(|record| self.event(record));
-                    }
+                    self.hear(message);
                 }
             };
             if timeout(deadline, drained).await.is_err() {
