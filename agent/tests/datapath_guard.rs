@@ -155,7 +155,7 @@ fn what_is_not_for_the_workload_is_kept_from_it_and_not_told() {
         (to([2, 0, 0, 0, 0, 3], ipv4(OTHER_MAC, OTHER4, ADDR4, 6, 0, &tcp(80, ACK))), false, "a segment for another"),
         (to([2, 0, 0, 0, 0, 3], ipv4(OTHER_MAC, OTHER4, ADDR4, 6, 0, &tcp(9001, SYN))), false, "a SYN for another"),
         (to([2, 0, 0, 0, 0, 3], arp(OTHER_MAC, OTHER_MAC, OTHER4)), false, "ARP for another"),
-        (to(MAC, ipv4(MAC, ADDR4, OTHER4, 6, 0, &tcp(80, ACK))), false, "its own"),
+        (to(MAC, ipv4(MAC, OTHER4, ADDR4, 6, 0, &tcp(80, SYN))), true, "its own, to its published port"),
         (ipv6(MAC, ADDR6, ALL_NODES, 58, &neighbour(135, Some(OTHER6), &[(1, MAC)])), false, "its own to a group"),
     ] {
         assert_eq!(programs.enters(&frame), enters, "{what}");

@@ -377,7 +377,10 @@ async fn a_check_is_registered_by_itself() {
         (json!({"Name": "x", "TTL": "1s", "Status": "fine"}), "Bad check status"),
         (json!({"Name": "x", "TTL": "1s", "ServiceID": "nope"}), "ServiceID \"nope\" does not exist"),
         (json!({"Name": "x"}), "Invalid check: TTL must be > 0 for TTL checks"),
-        (json!({"Name": "x\n", "TTL": "1s"}), "Invalid check: ID: \"x\\n\" must not hold control characters"),
+        (
+            json!({"Name": "x\n", "TTL": "1s"}),
+            "Invalid check: ID: \"x\\n\" must not hold control characters, line separators or marks of text direction",
+        ),
     ] {
         let err = world.register_check(body.clone()).await.expect_err("refused").to_string();
         assert_eq!(err, text, "{body}");

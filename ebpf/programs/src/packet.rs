@@ -195,11 +195,12 @@ impl Ethernet {
         u16::from_be(self.kind)
     }
 
-    /// Is the frame for `workload`, or for a group or all, and not its own that the bridge has sent back?
+    /// Is the frame for `workload`, or for a group, and not its own that the bridge has sent back? (Its own for itself is what
+    /// it sends to its published port, translated on the way.)
     #[inline(always)]
     pub fn is_for(&self, workload: &Workload) -> bool {
         let group = self.destination.halves[0].to_ne_bytes()[0] & 1 != 0;
-        (group || self.destination.same(&workload.mac)) && !self.source.same(&workload.mac)
+        if group { !self.source.same(&workload.mac) } else { self.destination.same(&workload.mac) }
     }
 }
 
