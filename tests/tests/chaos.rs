@@ -188,8 +188,12 @@ impl Attack<'_> {
             self.random.pause(1500);
             self.node.spawn();
         }
-        // The next round begins with a whole node.
-        eventually("the worker is known again", || self.node.worker().is_some());
+        // The next round begins with a whole node; for a moment the agent still names the worker that was killed.
+        let killed = matches!(fault, Fault::Worker | Fault::Both).then_some(worker);
+        eventually("a worker is known again", || {
+            let now = self.node.worker();
+            now.is_some() && now != killed
+        });
         self.more("short connections", &self.shared.successes, 2);
         self.more("the lasting connection", &self.shared.lasting_rounds, 2);
     }

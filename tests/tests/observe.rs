@@ -39,9 +39,11 @@ impl Observer {
         self.said.lock().expect("no panic").iter().filter(|event| fits(event)).cloned().collect()
     }
 
-    /// What was told of connections that began or ended, on one side.
+    /// What was told of the caller's connections that began or ended, on one side.
     fn told(&self, kind: &str, inbound: bool) -> Vec<Value> {
-        self.events(|event| event["Kind"] == kind && event["Inbound"] == inbound)
+        self.events(|event| {
+            event["Kind"] == kind && event["Inbound"] == inbound && ends_with(event, "Source", "/svc/caller")
+        })
     }
 }
 
