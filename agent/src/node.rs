@@ -4,22 +4,16 @@
 //! namespaces, kernel programs and processes, and have no network listener.
 
 use std::future::Future;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail};
 use culvert_control::ca::{CaSettings, Clock, ConfigurationUpdate};
-use culvert_control::disk::remedy;
 use culvert_control::xds::XdsLimits;
-use culvert_control::{CONSUL_VERSION, Control, ControlConfig, HttpLimits, Reloadable, XdsPeer};
+use culvert_control::{CONSUL_VERSION, Control, ControlConfig, HttpLimits};
 use culvert_jobspec::NodeContext;
-use culvert_proxy::handoff::Traffic;
-use culvert_types::ConnectionEvent;
-use tokio::net::UnixStream;
 use tokio::runtime::{Handle, Runtime};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{OnceCell, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
@@ -32,17 +26,21 @@ use crate::policy::{self, PolicyEngine};
 use crate::report::chain;
 use crate::routes::{self, Ask, NodeState, RouteState};
 use crate::runner::{NodeServices, Records, Runner, WorkloadDialer};
-use crate::task::{ExecutorCommand, Hierarchies, descriptors, sweep};
-use crate::worker::{self, Surroundings, WorkerHandle, WorkerSettings};
+use crate::task::{ExecutorCommand, Hierarchies, descriptors};
+use crate::worker::{self, WorkerSettings};
 use crate::workload::{AllocId, Network, NetworkSettings, NodeFile};
 use crate::{lock, metrics};
 
+mod data_dir;
+mod life;
+mod surroundings;
+
+use data_dir::{make_private, refuse_emptied_state, sweep_unfinished};
+use life::{Agent, reloadable};
+use surroundings::NodeSurroundings;
+
 /// Threads that serve HTTP and xDS.
 const CONTROL_THREADS: usize = 2;
-/// How long connections may go on when the agent leaves.
-const LEAVE_DRAIN: Duration = Duration::from_secs(2);
-/// What this agent writes in the data directory itself, beside the state store.
-const FILES: [&str; 4] = ["node.json", "network.json", "worker.json", "direct.json"];
 /// Beside the directory of the named network namespaces.
 const LOCK_FILE: &str = "/run/culvert.lock";
 /// Requests of operators that may wait.
@@ -92,21 +90,6 @@ fn lock_places(settings: &Settings) -> anyhow::Result<Places> {
     Ok(places)
 }
 
-/// A state file that lost its content, after a power cut say, would pass for that of a new mesh: without the intentions that
-/// jobs of this node rely on.
-fn refuse_emptied_state(data_dir: &Path) -> anyhow::Result<()> {
-    let state = data_dir.join("state.redb");
-    let has_jobs = std::fs::read_dir(data_dir.join("jobs")).is_ok_and(|mut jobs| jobs.next().is_some());
-    if has_jobs && std::fs::metadata(&state).is_ok_and(|state| state.len() == 0) {
-        bail!(
-            "{} is empty, but this node has jobs: restore it from a backup, or remove it to begin a new mesh without the \
-             intentions and certificates of the old one",
-            state.display()
-        );
-    }
-    Ok(())
-}
-
 fn require_root() -> anyhow::Result<()> {
     if rustix::process::geteuid().is_root() {
         return Ok(());
@@ -131,16 +114,6 @@ fn unprivileged_runtime() -> anyhow::Result<Runtime> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     builder.worker_threads(CONTROL_THREADS).thread_name("control").on_thread_start(drop_capabilities).enable_all();
     builder.build().context("start the threads of the control plane")
-}
-
-fn make_private(data_dir: &Path) -> anyhow::Result<()> {
-    use std::os::unix::fs::DirBuilderExt as _;
-    // Tasks find their own directories below: others may pass through, not look.
-    let made = std::fs::DirBuilder::new().recursive(true).mode(0o711).create(data_dir);
-    made.map_err(|error| {
-        let what = format!("data directory {} cannot be used ({})", data_dir.display(), remedy(&error));
-        anyhow::Error::new(error).context(what)
-    })
 }
 
 async fn serve(
@@ -172,8 +145,7 @@ async fn serve(
     let control = on(control_runtime.handle(), async { Control::start(config, dialer).await }).await?;
     let control = control.context("control plane")?;
     let control = Arc::new(control);
-    sweep(&data_dir, |name| FILES.contains(&name));
-    sweep_former(&data_dir);
+    sweep_unfinished(&data_dir);
     info!(http = ?control.http_addrs(), node = node_name, "culvert agent serves");
 
     let network = Arc::new(Network::open(network).await.context("workload network")?);
@@ -233,17 +205,6 @@ async fn serve(
     agent.attend(asked, control_runtime).await
 }
 
-/// What earlier versions wrote before it took the place of `worker.json`.
-fn sweep_former(data_dir: &Path) {
-    let path = data_dir.join("worker.json.next");
-    match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            warn!(%error, path = %path.display(), "a file that was never finished stays");
-        }
-        _ => {}
-    }
-}
-
 /// Runs `work` on another runtime's threads.
 async fn on<T: Send + 'static>(runtime: &Handle, work: impl Future<Output = T> + Send + 'static) -> anyhow::Result<T> {
     runtime.spawn(work).await.context("a part of the agent ended in a panic")
@@ -282,10 +243,6 @@ fn control_config(settings: &Settings, node_file: &NodeFile, routes: axum::Route
         xds_limits: XdsLimits::default(),
         routes,
     }
-}
-
-fn reloadable(settings: &Settings) -> Reloadable {
-    Reloadable { default_policy: settings.default_policy, encryption: settings.encryption }
 }
 
 fn load_datapath(
@@ -348,168 +305,4 @@ fn node_context(settings: &Settings, node_name: &str, node_file: &NodeFile) -> N
 
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
-}
-
-/// The worker's way to the rest of the agent.
-struct NodeSurroundings {
-    control: Arc<Control>,
-    control_runtime: Handle,
-    runtime: Handle,
-    policy: Arc<PolicyEngine>,
-    hub: Arc<EventHub>,
-}
-
-impl Surroundings for NodeSurroundings {
-    fn connect_xds(&self, stream: UnixStream) {
-        let _on_threads_without_capabilities = self.control_runtime.enter();
-        self.control.serve_xds(stream, XdsPeer::Node);
-    }
-
-    fn inbound_listener(&self, proxy: &str, port: u16, listener: BorrowedFd<'_>) {
-        let listener: OwnedFd = match listener.as_fd().try_clone_to_owned() {
-            Ok(listener) => listener,
-            Err(error) => return warn!(%error, proxy, "a listener cannot be steered to"),
-        };
-        let (policy, proxy) = (Arc::clone(&self.policy), proxy.to_owned());
-        self.runtime.spawn(async move { policy.listener_opened(&proxy, port, listener).await });
-    }
-
-    fn event(&self, service: &str, event: ConnectionEvent) {
-        self.hub.publish(service, event);
-    }
-
-    fn traffic(&self, proxy: &str, service: &str, traffic: &Traffic) {
-        self.hub.traffic(proxy, service, traffic);
-    }
-
-    fn no_traffic(&self, proxy: Option<&str>) {
-        self.hub.no_traffic(proxy);
-    }
-
-    fn events_lost(&self, count: u64) {
-        self.hub.lost(count);
-    }
-}
-
-/// Signals that ask the agent to end.
-struct Ends {
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl Ends {
-    async fn recv(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
-}
-
-/// Everything that runs.
-struct Agent {
-    settings: Settings,
-    again: SettingsSource,
-    control: Arc<Control>,
-    runner: Arc<Runner>,
-    policy: Arc<PolicyEngine>,
-    worker: WorkerHandle,
-    network: Arc<Network>,
-}
-
-impl Agent {
-    /// Serves signals and operators until the end.
-    async fn attend(mut self, mut asked: Asks, control_runtime: &Runtime) -> anyhow::Result<()> {
-        let mut ends =
-            Ends { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? };
-        let mut hang_up = signal(SignalKind::hangup())?;
-        loop {
-            tokio::select! {
-                () = ends.recv() => break,
-                _ = hang_up.recv() => {
-                    if let Err(error) = self.reload().await {
-                        error!(error, "the configuration is not reloaded; the one in force stays");
-                    }
-                }
-                ask = asked.recv() => match ask {
-                    Some((Ask::Reload, done)) => drop(done.send(self.reload().await)),
-                    Some((Ask::Leave, done)) => {
-                        let left = self.leave(&mut ends).await;
-                        drop(done.send(left.clone()));
-                        // The answer leaves before the server does.
-                        tokio::time::sleep(Duration::from_millis(200)).await;
-                        return self.end(control_runtime, left).await;
-                    }
-                    None => break,
-                },
-            }
-        }
-        let left = if self.settings.dev {
-            // A dev agent keeps its state in memory: what it ran would be nobody's.
-            self.leave(&mut ends).await
-        } else {
-            info!("ending; workloads, worker and kernel programs go on, the next start takes them over");
-            Ok(())
-        };
-        self.end(control_runtime, left).await
-    }
-
-    /// Reads the configuration again and applies what may change: `encryption` and `default_intention_policy`.
-    async fn reload(&mut self) -> Result<(), String> {
-        let new = (self.again)().map_err(|error| format!("{error:#}"))?;
-        let fixed = self.settings.fixed_changes(&new);
-        if !fixed.is_empty() {
-            warn!(settings = fixed.join(", "), "these settings need a restart; they stay as they are");
-        }
-        (self.settings.encryption, self.settings.default_policy) = (new.encryption, new.default_policy);
-        self.control.reload(reloadable(&self.settings));
-        info!(encryption = %self.settings.encryption, default_policy = %self.settings.default_policy, "configuration reloaded");
-        Ok(())
-    }
-
-    /// Stops everything and removes everything that carries our names. Who asks again does not want to wait. The error says
-    /// what could not be removed.
-    async fn leave(&self, ends: &mut Ends) -> Result<(), String> {
-        info!("leaving: stopping every job and removing everything");
-        let mut stopped = std::pin::pin!(self.runner.stop_all());
-        let allocations = tokio::select! {
-            left = &mut stopped => left,
-            () = ends.recv() => {
-                warn!("asked again: tasks that have not ended are killed");
-                self.runner.hurry();
-                stopped.await
-            }
-        };
-        let mut left: Vec<String> = allocations.iter().map(|id| format!("allocation {id}")).collect();
-        self.worker.shutdown(LEAVE_DRAIN).await;
-        left.extend(self.policy.remove_all().await.err());
-        left.extend(self.network.close_all().await.err().map(|error| chain(&error)));
-        if left.is_empty() { Ok(()) } else { Err(format!("the host is not as it was found: {}", left.join("; "))) }
-    }
-
-    async fn end(self, control_runtime: &Runtime, left: Result<(), String>) -> anyhow::Result<()> {
-        let control = self.control;
-        on(control_runtime.handle(), async move { control.shutdown().await }).await?;
-        left.map_err(anyhow::Error::msg)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_state_that_was_emptied_under_jobs_is_refused() {
-        let data = tempfile::tempdir().expect("a directory");
-        let state = data.path().join("state.redb");
-        refuse_emptied_state(data.path()).expect("a new node");
-        std::fs::write(&state, "").expect("a file");
-        refuse_emptied_state(data.path()).expect("killed before it had anything");
-        std::fs::create_dir(data.path().join("jobs")).expect("a directory");
-        std::fs::write(data.path().join("jobs/61.json"), "{}").expect("a job");
-        let refused = refuse_emptied_state(data.path()).expect_err("jobs, and no state");
-        assert!(refused.to_string().contains("restore it from a backup"), "{refused}");
-        std::fs::write(&state, "redb").expect("a file");
-        refuse_emptied_state(data.path()).expect("the store looks at what is in it");
-    }
 }

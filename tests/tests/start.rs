@@ -104,7 +104,7 @@ fn what_was_being_written_when_an_agent_was_killed_is_gone_after_the_next_start(
     let ours = ["node.json.new", "network.json.new", "worker.json.new", "direct.json.new", "jobs/776562.json.new"]
         .map(str::to_owned)
         .into_iter()
-        .chain([format!("allocations/{id}.json.new"), "worker.json.next".to_owned()]);
+        .chain([format!("allocations/{id}.json.new")]);
     let ours: Vec<String> = ours.map(|name| format!("{DATA_DIR}/{name}")).collect();
     let others = ["notes.json.new", "jobs/notes.json.new", "allocations/notes.new"];
     let others = others.map(|name| format!("{DATA_DIR}/{name}"));

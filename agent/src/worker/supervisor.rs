@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use culvert_proxy::handoff::{ProxyStatus, ReceiveError, SendError, ToAgent, ToWorker};
-use culvert_types::{ConnectionEvent, ServiceIdentity};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until, timeout};
@@ -18,6 +17,8 @@ use super::backoff::{Failed, next_pause};
 use super::process::{self, Worker};
 use super::sockets::Sockets;
 use super::{Command, Surroundings, WorkerSettings, WorkerView};
+
+mod reports;
 
 /// A worker that does not read its control socket for this long is stuck, and replaced.
 const STUCK: Duration = Duration::from_secs(5);
@@ -421,38 +422,6 @@ impl Supervisor {
         }
     }
 
-    fn event(&self, record: culvert_proxy::handoff::EventRecord) {
-        let event = match ConnectionEvent::try_from(record) {
-            Ok(event) => event,
-            Err(error) => return warn!(%error, "the worker sent an event that is not understood"),
-        };
-        let service =
-            own_service(&event).or_else(|| self.service_of(&event.reporter).map(str::to_owned)).unwrap_or_default();
-        self.surroundings.event(&service, event);
-    }
-
-    fn service_of(&self, proxy: &str) -> Option<&str> {
-        let served = self.sockets.get(proxy).map(|served| served.service.as_str());
-        served.or_else(|| self.stopping.get(proxy)?.service.as_deref())
-    }
-
-    fn status(&self, status: ProxyStatus) {
-        let proxy = &status.proxy;
-        let awaits_its_end = self.stopping.contains_key(proxy) && self.sockets.get(proxy).is_some();
-        if self.replaced.contains(proxy) || awaits_its_end {
-            return; // of its former life
-        }
-        if let Some(nack) = &status.nack {
-            warn!(
-                proxy = status.proxy,
-                resource = nack.resource,
-                reason = nack.reason,
-                "the worker refuses a resource"
-            );
-        }
-        self.view.send_modify(|view| drop(view.proxies.insert(status.proxy.clone(), status)));
-    }
-
     async fn send(&self, worker: &Worker, message: &ToWorker, descriptors: &[BorrowedFd<'_>]) -> Result<(), ()> {
         match timeout(STUCK, worker.control.send(message, descriptors)).await {
             Ok(Ok(())) => Ok(()),
@@ -468,16 +437,6 @@ impl Supervisor {
                 error!(pid = worker.process.pid, "the worker does not read its control socket; replacing it");
                 Err(())
             }
-        }
-    }
-
-    /// Takes in what is told of connections.
-    fn hear(&self, message: ToAgent) {
-        match message {
-            ToAgent::Event(record) => self.event(record),
-            ToAgent::Events(records) => records.into_iter().for_each(|record| self.event(record)),
-            ToAgent::EventsLost { count } => self.surroundings.events_lost(count),
-            _ => {}
         }
     }
 
@@ -497,13 +456,6 @@ impl Supervisor {
         process::forget(&self.settings.data_dir);
         tell(done);
     }
-}
-
-/// Whose side tells, by the name in its certificate: a connection may end after its proxy was stopped, or before it is served
-/// again.
-fn own_service(event: &ConnectionEvent) -> Option<String> {
-    let own = if event.inbound { &event.destination } else { &event.source };
-    Some(ServiceIdentity::try_from(own.clone()?).ok()?.service.to_string())
 }
 
 /// Tells whoever waits; nobody may wait any more.

@@ -3,9 +3,10 @@
 use std::time::SystemTime;
 
 use culvert_proxy::handoff::{ControlSocket, MAX_DESCRIPTORS, Traffic};
-use culvert_types::{ConnectionKind, Path, SpiffeId, Verdict};
+use culvert_types::{ConnectionEvent, ConnectionKind, Path, SpiffeId, Verdict};
 
 use super::super::backoff::FIRST_PAUSE;
+use super::reports::own_service;
 use super::*;
 
 struct Nothing;
