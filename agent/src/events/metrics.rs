@@ -1,4 +1,4 @@
-//! Metrics of connections. Labels come from closed sets and from services registered on this node, never from peers.
+//! Metrics of connections. Labels come from closed sets, and those that a worker names are bounded: it may be compromised.
 //!
 //! Connections of the direct path that are open, and their bytes, follow from events. Those of the proxied path are what the
 //! worker says it carries: its connections may be older than this agent, and it may be killed with them.
@@ -13,6 +13,8 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
+
+use super::label::Label;
 
 /// Direct connections of one service and side that are remembered as open (8 bytes each); more are not counted.
 const MAX_DIRECT: usize = 262_144;
@@ -55,6 +57,8 @@ pub(super) struct ConnectionMetrics {
     refused: Family<Refusal, Counter>,
     bytes: Family<Bytes, Counter>,
     lost: Counter,
+    services: Label,
+    rules: Label,
     /// Direct connections whose beginning was told and whose end was not, by their cookies.
     direct: Mutex<HashMap<Side, HashSet<u64>>>,
     /// What was last said, by proxy and side.
@@ -76,6 +80,8 @@ impl ConnectionMetrics {
             refused: Family::default(),
             bytes: Family::default(),
             lost: Counter::default(),
+            services: Label::default(),
+            rules: Label::default(),
             direct: Mutex::default(),
             carried: Mutex::default(),
         };
@@ -102,7 +108,7 @@ impl ConnectionMetrics {
 
     /// `cookie` ties the events of one direct connection together.
     pub(super) fn count(&self, service: &str, event: &ConnectionEvent, cookie: Option<u64>) {
-        let side = Side::of(service, event.inbound, event.path);
+        let side = Side::of(&self.services.value(service), event.inbound, event.path);
         match event.kind {
             ConnectionKind::Open => {
                 self.opened.get_or_create(&side).inc();
@@ -177,7 +183,7 @@ impl ConnectionMetrics {
     fn refuse(&self, side: Side, event: &ConnectionEvent) {
         let Side { service, side, path } = side;
         let reason = event.reason.map_or("unknown", culvert_types::RefusalReason::as_str);
-        let rule = event.rule.clone().unwrap_or_default();
+        let rule = event.rule.as_deref().map(|rule| self.rules.value(rule)).unwrap_or_default();
         self.refused.get_or_create(&Refusal { service, side, path, reason, rule }).inc();
     }
 }
@@ -189,6 +195,7 @@ mod tests {
     use culvert_types::SpiffeId;
 
     use super::*;
+    use crate::events::label::OTHER;
 
     fn metrics() -> (ConnectionMetrics, Registry) {
         let mut registry = Registry::default();
@@ -288,6 +295,26 @@ mod tests {
         metrics.traffic("web-1", "web", &carries(1, 1)); // the successor counts from zero
         assert_eq!(value(&registry, "connections_open", &[]), 1);
         assert_eq!(value(&registry, "payload_bytes_total", &["to_destination"]), 201);
+    }
+
+    #[test]
+    fn a_worker_that_makes_up_names_does_not_fill_the_memory() {
+        let (metrics, registry) = metrics();
+        let refused = |service: &str, rule: String| {
+            let mut event = event(ConnectionKind::Refuse, Path::Proxied);
+            (event.verdict, event.rule) = (Verdict::Deny, Some(rule));
+            metrics.count(service, &event, None);
+        };
+        let count = |labels: &[&str]| value(&registry, "refusals_total", labels);
+        refused("web", "a => web (deny)".to_owned());
+        for made_up in 0..2 * Label::MOST {
+            refused(&format!("made-up-{made_up}"), made_up.to_string());
+        }
+        refused("web", "a => web (deny)".to_owned());
+        refused("web", "x".repeat(1 << 20));
+        assert_eq!(count(&["service=\"web\"", "a => web (deny)"]), 2, "what was known before is told apart still");
+        assert_eq!(count(&[&format!("service=\"{OTHER}\",")]), 1 + i64::try_from(Label::MOST).expect("few"));
+        assert_eq!(count(&[&format!("rule=\"{OTHER}\"")]), 2 + i64::try_from(Label::MOST).expect("few"));
     }
 
     /// IDs of instances are chosen by whoever registers them.

@@ -3,6 +3,7 @@
 //! Kernel events (direct path) and worker events (proxied path) arrive here as [`ConnectionEvent`]s. Owns the metrics of
 //! connections and the broadcast behind `culvert observe`; keeps no history.
 
+mod label;
 mod metrics;
 
 use std::sync::Arc;
