@@ -27,7 +27,7 @@ impl World {
     /// Without root: these tests cannot be skipped unseen.
     #[must_use]
     pub fn new(name: &str) -> Self {
-        assert!(nix::unistd::geteuid().is_root(), "end-to-end tests need root; run `sudo -E cargo xtask test`");
+        assert!(nix::unistd::geteuid().is_root(), "end-to-end tests need root; run `cargo xtask test` as root");
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("namespaces of our own");
         let none: Option<&str> = None;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("a private mount namespace");

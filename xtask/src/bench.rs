@@ -3,11 +3,10 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::bail;
 use clap::Args;
 
 use crate::command::{self, cache, cargo, root};
-use crate::setup::{IP, NFT, Setup, is_root};
+use crate::setup::{IP, NFT, Setup, require_root};
 use crate::test::ENVOY;
 
 #[derive(Args)]
@@ -24,11 +23,7 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(setup: &Setup, options: &Options) -> anyhow::Result<()> {
-    if !is_root() {
-        bail!(
-            "the bench makes network namespaces, cgroups and eBPF programs, which needs root: sudo -E cargo xtask bench"
-        );
-    }
+    require_root("the bench makes network namespaces, cgroups and eBPF programs", "bench")?;
     setup.programs(&[&IP, &NFT])?;
     let envoy = setup.envoy(ENVOY)?;
     command::run(cargo().args(["build", "--release", "--quiet", "-p", "culvert-agent", "-p", "culvert-bench"]))?;

@@ -2,16 +2,20 @@
 
 mod agent;
 mod check;
+mod interrupt;
+/// The one of the end-to-end tests.
+#[path = "../../tests/src/sniff.rs"]
+#[expect(unreachable_pub, reason = "public there")]
 mod sniff;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, ensure};
 use clap::Args;
 
 use crate::command::{self, cargo, root};
-use crate::setup::{IP, NFT, Setup, is_root};
+use crate::setup::{IP, NFT, Setup, require_root};
 use agent::Demo;
 
 /// Where the dashboard is published.
@@ -34,21 +38,18 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(setup: &Setup, options: &Options) -> anyhow::Result<()> {
-    if !is_root() {
-        bail!(
-            "the demo makes network namespaces, a bridge, cgroups, nftables rules and eBPF programs, which needs root: \
-             sudo -E cargo xtask demo"
-        );
-    }
+    require_root("the demo makes network namespaces, a bridge, cgroups, nftables rules and eBPF programs", "demo")?;
     setup.programs(&[&IP, &NFT])?;
     let bin = build(options.release)?;
+    interrupt::remember()?;
     let demo = Demo::start(&bin)?;
     let mut processes = Vec::new();
     let result = demo.run_job(&bin, &root().join("examples/countdash.nomad.hcl")).and_then(|()| {
         let count = demo.wait_connected(FIRST_COUNT)?;
         println!("\nthe dashboard counts: {count}");
         processes = check::processes(&demo)?;
-        if options.check { check::prove(&demo) } else { explain(&demo).and_then(|()| demo.wait_for_interrupt()) }
+        explain(&demo)?;
+        if options.check { check::prove(&demo) } else { demo.wait_for_interrupt() }
     });
     let left = demo.leave();
     if bin == Path::new(OUTSIDE) {
@@ -56,8 +57,8 @@ pub(crate) fn run(setup: &Setup, options: &Options) -> anyhow::Result<()> {
     }
     result?;
     left?;
+    check::nothing_left(&processes)?;
     if options.check {
-        check::nothing_left(&processes)?;
         println!("\ndemo: every claim holds");
     }
     Ok(())
@@ -87,7 +88,12 @@ fn build(release: bool) -> anyhow::Result<PathBuf> {
 }
 
 fn explain(demo: &Demo) -> anyhow::Result<()> {
-    println!("{}", demo.culvert(&["job", "status", "countdash"])?);
+    let job = demo.culvert(&["job", "status", "countdash"])?;
+    for service in ["count-api", "count-dashboard"] {
+        let identity = job.lines().any(|line| line.contains("spiffe://") && line.contains(&format!("/svc/{service}")));
+        ensure!(identity, "the job's status does not show the identity of {service}:\n{job}");
+    }
+    println!("{job}");
     println!("{}", demo.culvert(&["status"])?);
     println!("the connections of the next seconds, and the path each takes:");
     demo.observe(OBSERVED, FIRST_COUNT)?;

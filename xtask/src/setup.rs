@@ -124,6 +124,14 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
     folders.map(|folder| folder.join(program)).find(|path| path.is_file())
 }
 
+/// Says what needs root, and how to get it: `sudo` alone would not find a cargo in a home directory.
+pub(crate) fn require_root(what: &str, command: &str) -> anyhow::Result<()> {
+    if is_root() {
+        return Ok(());
+    }
+    bail!("{what}, which needs root: sudo -E env \"PATH=$PATH\" cargo xtask {command}")
+}
+
 /// Does this process run as root?
 pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()

@@ -1,11 +1,10 @@
 //! `cargo xtask test`: prerequisites, then everything, by nextest.
 
-use anyhow::bail;
 use clap::Args;
 
 use crate::command::{self, cargo};
 use crate::ebpf;
-use crate::setup::{CHROMEDRIVER, CHROMIUM, IP, NFT, Setup, is_root};
+use crate::setup::{CHROMEDRIVER, CHROMIUM, IP, NFT, Setup, require_root};
 
 /// Runs each test in a process of its own, so that namespaces and working directories do not mix.
 const NEXTEST: &str = "0.9.143";
@@ -23,12 +22,10 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(setup: &Setup, options: &Options) -> anyhow::Result<()> {
-    if !is_root() {
-        bail!(
-            "the tests make network namespaces, cgroups and eBPF programs, which needs root: sudo -E cargo xtask test\n\
-             (without root: cargo nextest run -p culvert-types -p culvert-api -p culvert-jobspec -p culvert-control -p culvert-proxy)"
-        );
-    }
+    require_root(
+        "the tests (all but those that CONTRIBUTING.md names) make network namespaces, cgroups and eBPF programs",
+        "test",
+    )?;
     setup.programs(&[&IP, &NFT, &CHROMIUM, &CHROMEDRIVER])?;
     setup.cargo_tool("cargo-nextest", NEXTEST, "runs each test in a process of its own")?;
     let envoy = setup.envoy(ENVOY)?;

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use serde_json::Value;
 
-use super::DASHBOARD;
+use super::{DASHBOARD, interrupt};
 use crate::command::{cache, root};
 
 /// Where the agent's API listens.
@@ -39,7 +40,8 @@ impl Demo {
         let mut command = Command::new(&binary);
         command.args(["agent", "-dev", "-config-file"]).arg(&settings).stdin(Stdio::null());
         let file = File::create(&log)?;
-        command.stdout(file.try_clone()?).stderr(file);
+        // Of a terminal's signals it hears by us, who ask it to leave.
+        command.stdout(file.try_clone()?).stderr(file).process_group(0);
         println!("+ culvert agent -dev -config-file {}   (log: {})", settings.display(), log.display());
         let agent = std::cell::RefCell::new(command.spawn().context("start the agent")?);
         let demo = Self { agent, binary, settings, log };
@@ -77,7 +79,9 @@ impl Demo {
         });
         let deadline = Instant::now() + patience;
         for _ in 0..lines {
-            let Ok(line) = seen.recv_timeout(deadline.saturating_duration_since(Instant::now())) else { break };
+            let Ok(line) = seen.recv_timeout(deadline.saturating_duration_since(Instant::now())) else {
+                bail!("culvert observe showed less than {lines} lines in {patience:?}");
+            };
             println!("  {line}");
         }
         observer.kill()?;
@@ -139,6 +143,7 @@ impl Demo {
     pub(crate) fn until(&self, what: &str, patience: Duration, mut done: impl FnMut() -> bool) -> anyhow::Result<()> {
         let started = Instant::now();
         while !done() {
+            interrupt::check()?;
             if let Some(status) = self.agent.borrow_mut().try_wait()? {
                 bail!("the agent ended with {status} while waiting: {what}\n{}", self.log_tail());
             }
@@ -156,10 +161,15 @@ impl Demo {
         lines[lines.len().saturating_sub(30)..].join("\n")
     }
 
-    /// Ctrl-C reaches the agent as well, which then leaves by itself.
+    /// Waits until somebody asks the demo to end, or the agent to leave.
     pub(crate) fn wait_for_interrupt(&self) -> anyhow::Result<()> {
-        let status = self.agent.borrow_mut().wait()?;
-        println!("the agent ended with {status}");
+        while !interrupt::asked() {
+            match self.agent.borrow_mut().try_wait()? {
+                Some(status) if status.success() => return Ok(()),
+                Some(status) => bail!("the agent ended with {status}\n{}", self.log_tail()),
+                None => std::thread::sleep(LOOK_EVERY),
+            }
+        }
         Ok(())
     }
 

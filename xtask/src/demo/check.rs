@@ -1,6 +1,6 @@
 //! The proof of each claim of the demo.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -8,22 +8,24 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 
 use super::agent::Demo;
-use super::sniff::Sniffer;
+use super::sniff::{Seen, Sniffer};
 use super::{entries, root};
 use crate::command::output;
 
 /// How long a change may take to show in the dashboard, which asks every quarter of a second and dials every two.
 const SHOWS_WITHIN: Duration = Duration::from_secs(20);
+/// What the counting service's requests and answers hold.
+const PAYLOAD: [&[u8]; 2] = [b"GET / HTTP/1.1", b"\"count\":"];
 /// How long traffic is watched.
 const WATCH: Duration = Duration::from_secs(4);
 
 pub(crate) fn prove(demo: &Demo) -> anyhow::Result<()> {
-    let api = address(demo, "api")?;
+    let api = addresses(demo, "api")?;
     println!("\n1. encryption = always: the count moves, the wire carries TLS and never the payload");
     counts(demo)?;
-    let seen = Sniffer::new()?.watch(api, WATCH)?;
-    ensure!(seen.tls > 0, "no TLS record went to or from {api}");
-    ensure!(seen.plain == 0, "{} packets to or from {api} carry the payload in plain text", seen.plain);
+    let seen = watch(&api)?;
+    ensure!(seen.tls > 0, "no TLS record went to or from {api:?}");
+    ensure!(seen.plain == 0, "{} packets to or from {api:?} carry the payload in plain text", seen.plain);
     println!("   {} TLS records, payload never seen", seen.tls);
     path(demo, "proxied")?;
 
@@ -33,7 +35,7 @@ pub(crate) fn prove(demo: &Demo) -> anyhow::Result<()> {
     counts(demo)?;
     if direct {
         path(demo, "direct")?;
-        let seen = Sniffer::new()?.watch(api, WATCH)?;
+        let seen = watch(&api)?;
         // The same eyes that saw nothing before see the payload now: the first claim was not blindness.
         ensure!(seen.plain > 0, "the direct path shows no payload: the packet socket is blind");
         println!("   payload seen by the same packet socket: it is not blind");
@@ -95,12 +97,20 @@ fn connections(demo: &Demo, path: &str) -> anyhow::Result<u64> {
     lines.map(|line| line.rsplit(' ').next().unwrap_or_default().parse::<u64>().context("a metric")).sum()
 }
 
-/// The address of the allocation of `group`.
-fn address(demo: &Demo, group: &str) -> anyhow::Result<Ipv4Addr> {
+/// Looks at all packets to and from `addresses` for a while.
+fn watch(addresses: &[IpAddr]) -> anyhow::Result<Seen> {
+    let sniffer = Sniffer::start(addresses, &PAYLOAD)?;
+    std::thread::sleep(WATCH);
+    sniffer.finish()
+}
+
+/// The addresses of the allocation of `group`, of both families.
+fn addresses(demo: &Demo, group: &str) -> anyhow::Result<Vec<IpAddr>> {
     let job = demo.api("/v1/culvert/job/countdash")?;
     let allocations = job["Allocations"].as_array().context("allocations")?;
     let allocation = allocations.iter().find(|one| one["Group"] == group).with_context(|| group.to_owned())?;
-    allocation["Addresses"][0].as_str().context("address")?.parse().context("address")
+    let addresses = allocation["Addresses"].as_array().context("addresses")?;
+    addresses.iter().map(|address| address.as_str().context("address")?.parse().context("address")).collect()
 }
 
 /// Processes of the mesh and of the workloads, as the agent names them.
