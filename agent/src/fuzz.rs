@@ -83,7 +83,10 @@ mod tests {
     fn seeds(target: &str) -> Vec<(String, Vec<u8>)> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/seeds").join(target);
         let seed = |path: &Path| (path.display().to_string(), std::fs::read(path).expect("a seed"));
-        std::fs::read_dir(folder).expect("seeds").flatten().map(|entry| seed(&entry.path())).collect()
+        let seeds: Vec<_> =
+            std::fs::read_dir(folder).expect("seeds").map(|entry| seed(&entry.expect("a seed").path())).collect();
+        assert!(!seeds.is_empty(), "{target}");
+        seeds
     }
 
     #[test]

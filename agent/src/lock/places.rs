@@ -5,7 +5,7 @@ use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, flock, major, minor};
 use tracing::{debug, warn};
 
 use super::{Holder, LockError, MAX_ANSWER};
@@ -29,7 +29,7 @@ pub(crate) enum Place {
 impl Place {
     pub(super) fn what(self) -> &'static str {
         match self {
-            Self::Netns => "the lock of the network namespaces in /run/netns",
+            Self::Netns => "the network namespaces in /run/netns, locked by",
             Self::Cgroup => "the cgroup",
             Self::Pins => "the directory of kernel programs",
             Self::Data => "the data directory",
@@ -160,17 +160,18 @@ fn who(file: &File) -> String {
         return format!(", pid {pid}, data directory {}", data_dir.display());
     }
     let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
-    let inode = file.metadata().map(|metadata| metadata.ino());
-    inode.ok().and_then(|inode| holder_in(&locks, inode)).map_or_else(String::new, |pid| format!(", pid {pid}"))
+    let holder = file.metadata().ok().and_then(|metadata| holder_in(&locks, &metadata));
+    holder.map_or_else(String::new, |pid| format!(", pid {pid}"))
 }
 
-/// The process that holds an flock of `inode`, of the lines of `/proc/locks` (proc(5)).
-fn holder_in(locks: &str, inode: u64) -> Option<u32> {
+/// The process that holds an flock of this file, of the lines of `/proc/locks` (proc_locks(5)).
+fn holder_in(locks: &str, file: &fs::Metadata) -> Option<u32> {
+    let identity = format!("{:02x}:{:02x}:{}", major(file.dev()), minor(file.dev()), file.ino());
     locks.lines().find_map(|line| {
         let mut fields = line.split_whitespace().skip(1);
         let is_flock = fields.next() == Some("FLOCK");
         let pid = fields.nth(2)?.parse().ok()?;
-        let locked = fields.next()?.rsplit(':').next()?.parse() == Ok(inode);
+        let locked = fields.next()? == identity;
         (is_flock && locked).then_some(pid)
     })
 }

@@ -143,8 +143,7 @@ impl Runner {
             warn!(job = id, error = chain(&error), "that a job is stopped is not written down; trying again");
             self.stop_again(&job, purge)?;
         }
-        let left = self.node.records.allocations();
-        let left = running.iter().filter(|(id, _)| left.iter().any(|record| record.id == **id)).map(|(id, view)| {
+        let left = running.iter().filter(|(id, _)| self.node.records.has_allocation(id)).map(|(id, view)| {
             let why = view.borrow().error.clone().unwrap_or_else(|| "the agent's log says why".to_owned());
             format!("allocation {id}: {why}")
         });
@@ -208,22 +207,23 @@ impl Runner {
 
     /// Stops everything on this node; returns when everything is gone, with the allocations of which something is left.
     pub async fn stop_all(&self) -> Vec<String> {
-        let endings = {
+        let all: Vec<String> = {
             let mut leaving = self.leaving.lock();
             *leaving = true;
             self.remove_leftovers(|_| true);
-            let all: Vec<String> = self.live.lock().keys().cloned().collect();
-            all.iter().for_each(|id| self.stop_allocation(id));
-            self.endings(&all)
+            self.live.lock().keys().cloned().collect()
         };
-        wait(endings).await;
+        all.iter().for_each(|id| self.stop_allocation(id));
+        wait(self.endings(&all)).await;
         for id in self.jobs.lock().keys() {
             if let Err(error) = self.node.records.remove_job(id) {
                 warn!(%error, "a job's record stays");
             }
         }
         // The record goes last.
-        self.node.records.allocations().into_iter().map(|record| record.id).collect()
+        let listed = self.node.records.allocations().into_iter().map(|record| record.id);
+        let stopped = all.into_iter().filter(|id| self.node.records.has_allocation(id));
+        listed.chain(stopped).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
     /// Gives tasks that are being ended no more time, now and from now on.

@@ -110,6 +110,13 @@ impl Records {
         read_all(&self.data_dir.join("allocations"))
     }
 
+    /// Is anything left of the allocation `id`? So it is as long as its record cannot be proven to be gone.
+    #[must_use]
+    pub fn has_allocation(&self, id: &str) -> bool {
+        let found = std::fs::symlink_metadata(self.allocation_path(id));
+        !found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+    }
+
     /// Writes down a submission: the new allocations, then the job that wants them. Who is killed in between leaves
     /// allocations of a version that no job has; the next agent removes them.
     ///

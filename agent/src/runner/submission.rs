@@ -105,7 +105,7 @@ impl Runner {
     /// Runs `job`, or brings what runs of it up to date: what has to go is told to, what is new starts when that is gone.
     ///
     /// # Errors
-    /// [`SubmitError`]; nothing has changed then.
+    /// [`SubmitError`]; nothing has changed then, but that leftovers of an earlier stop are being removed.
     pub fn submit(&self, job: Job) -> Result<Submitted, SubmitError> {
         let leaving = self.leaving.lock();
         if *leaving {

@@ -6,8 +6,10 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use culvert_control::disk::remedy;
-use culvert_proxy::handoff::{ADOPTION_SOCKET, AdoptionListener, ControlSocket};
+use culvert_proxy::handoff::{ADOPTION_SOCKET, AdoptionListener, ControlSocket, PeerCredentials};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{info, warn};
 
 use crate::task::{ProcessIdentity, end_of, read_json, write_json};
@@ -17,7 +19,9 @@ const FILE: &str = "worker.json";
 /// How long a recorded worker may take to call a new agent. It calls every 100 ms.
 const ADOPT_WITHIN: Duration = Duration::from_secs(3);
 /// Pause after a call that could not be answered.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const ANSWER_PAUSE: Duration = Duration::from_millis(500);
+/// Pause after a worker could not be ended.
+const KILL_PAUSE: Duration = Duration::from_secs(1);
 
 /// How workers are started.
 #[derive(Clone, Debug)]
@@ -45,31 +49,25 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// The worker of the agent before this one, if it still lives and calls.
+    /// The worker of the agent before this one, if it still lives and calls. When it returns nothing, no worker is left.
     pub(super) async fn adopt(settings: &WorkerSettings) -> Option<Self> {
         let process = recorded(&settings.data_dir)?;
         let called = tokio::select! {
-            called = tokio::time::timeout(ADOPT_WITHIN, await_call(&process)) => called,
+            called = await_call(&process) => called,
             // It may have died with its agent, and be a zombie until somebody looks: its successor need not wait.
             Ok(()) = end_of(&process) => return None,
         };
         match called {
-            Ok(Ok(control)) => {
+            Ok(Some(control)) => {
                 info!(pid = process.pid, "took over the running worker");
-                Some(Self { control, process, child: None })
+                return Some(Self { control, process, child: None });
             }
-            Ok(Err(error)) => {
-                warn!(%error, pid = process.pid, "cannot take over the running worker; it is ended");
-                end_unreachable(&process);
-                None
-            }
-            Err(_) => {
-                // Left alone it would judge by an old policy, and hold the listeners that its successor needs.
-                warn!(pid = process.pid, "the recorded worker lives but does not call; it is ended");
-                end_unreachable(&process);
-                None
-            }
+            // Left alone it would judge by an old policy, and hold the listeners that its successor needs.
+            Ok(None) => warn!(pid = process.pid, "the recorded worker lives but does not call; it is ended"),
+            Err(error) => warn!(%error, pid = process.pid, "cannot take over the running worker; it is ended"),
         }
+        end_for_sure(&process).await;
+        None
     }
 
     /// This very process as a worker: whoever holds the other end of `control` speaks for it.
@@ -112,15 +110,17 @@ impl Worker {
             if let Err(error) = child.kill().await {
                 warn!(%error, "cannot end the worker");
             }
-        } else if let Err(error) = kill(&self.process) {
-            warn!(%error, pid = self.process.pid, "cannot end the worker");
+        } else {
+            end_for_sure(&self.process).await;
         }
     }
 }
 
-fn end_unreachable(process: &ProcessIdentity) {
-    if let Err(error) = kill(process) {
-        warn!(%error, pid = process.pid, "cannot end the worker");
+/// Two workers would share listeners: none is started before this one is ended. Only want of descriptors prevents that.
+async fn end_for_sure(process: &ProcessIdentity) {
+    while let Err(error) = kill(process) {
+        warn!(%error, pid = process.pid, "cannot end the worker yet");
+        sleep(KILL_PAUSE).await;
     }
 }
 
@@ -129,7 +129,7 @@ fn kill(process: &ProcessIdentity) -> io::Result<()> {
     let pid =
         i32::try_from(process.pid).ok().and_then(rustix::process::Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
     let pidfd = match rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) {
-        Err(rustix::io::Errno::SRCH) => return Ok(()),
+        Err(Errno::SRCH) => return Ok(()),
         pidfd => pidfd?,
     };
     // Checked while the pidfd is held: the pid cannot come to mean another process.
@@ -139,23 +139,47 @@ fn kill(process: &ProcessIdentity) -> io::Result<()> {
     Ok(())
 }
 
-async fn await_call(process: &ProcessIdentity) -> io::Result<ControlSocket> {
-    let listener = AdoptionListener::bind(ADOPTION_SOCKET)?;
+/// Waits until the worker calls; nothing when it does not. While this agent cannot answer for want of descriptors, it goes on
+/// waiting: the worker calls again and again, and carries its connections meanwhile.
+async fn await_call(process: &ProcessIdentity) -> io::Result<Option<ControlSocket>> {
+    let mut listener = None;
+    let mut until = Instant::now() + ADOPT_WITHIN;
     loop {
-        let (control, caller) = match listener.accept().await {
-            Ok(called) => called,
-            Err(error) => {
-                // For want of descriptors, say. The caller waits, and a live worker is worth another try.
-                warn!(%error, pid = process.pid, "the running worker calls, but cannot be answered yet");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
+        let answered = timeout_at(until, answer(&mut listener)).await;
+        let Ok(answered) = answered else { return Ok(None) };
+        match answered {
+            Ok((control, caller)) if is(caller.pid, process) => return Ok(Some(control)),
+            Ok((_, caller)) => warn!(pid = caller.pid, "a process that is not the recorded worker called; refused"),
+            Err(error) if is_want(&error) => {
+                warn!(%error, pid = process.pid, "the running worker cannot be answered yet");
+                until = Instant::now() + ADOPT_WITHIN;
+                sleep(ANSWER_PAUSE).await;
             }
-        };
-        if u32::try_from(caller.pid).is_ok_and(|pid| pid == process.pid) && process.exists() {
-            return Ok(control);
+            Err(error) if listener.is_none() => return Err(error),
+            Err(error) => {
+                warn!(%error, pid = process.pid, "a call of the running worker failed");
+                sleep(ANSWER_PAUSE).await;
+            }
         }
-        warn!(pid = caller.pid, "a process that is not the recorded worker called; refused");
     }
+}
+
+async fn answer(listener: &mut Option<AdoptionListener>) -> io::Result<(ControlSocket, PeerCredentials)> {
+    let listener = match listener {
+        Some(listener) => listener,
+        None => listener.insert(AdoptionListener::bind(ADOPTION_SOCKET)?),
+    };
+    listener.accept().await
+}
+
+fn is(pid: i32, process: &ProcessIdentity) -> bool {
+    u32::try_from(pid).is_ok_and(|pid| pid == process.pid) && process.exists()
+}
+
+/// Somebody may close some meanwhile.
+fn is_want(error: &io::Error) -> bool {
+    let code = error.raw_os_error().map(Errno::from_raw_os_error);
+    matches!(code, Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
 }
 
 /// `worker.json` cannot be used, so that no worker could be found again.

@@ -103,12 +103,16 @@ impl Supervisor {
                     continue;
                 }
             };
-            starts += u64::from(!std::mem::take(&mut again));
+            let known = std::mem::take(&mut again);
+            starts += u64::from(!known);
             let started = Instant::now();
             self.view.send_modify(|view| {
                 (view.pid, view.restarts) = (Some(worker.process.pid), starts - 1);
                 view.proxies.clear();
             });
+            if !known {
+                self.begin();
+            }
             let ended = self.attend(&worker).await;
             self.view.send_modify(|view| (view.pid, view.proxies) = (None, BTreeMap::new()));
             self.surroundings.no_traffic(None);
@@ -117,6 +121,7 @@ impl Supervisor {
                 Ended::Left => return,
                 Ended::Incomplete => {
                     drop(worker); // it calls again, as if this were the next agent
+                    self.brought.clear(); // it brings them again
                     sleep(TAKE_OVER_PAUSE).await;
                     next = Worker::adopt(&self.settings).await;
                     again = next.is_some();
@@ -157,13 +162,17 @@ impl Supervisor {
         }
     }
 
-    /// Serves one worker until it is gone or shall go.
-    async fn attend(&mut self, worker: &Worker) -> Ended {
-        // What an earlier worker drained is gone with it: dropping its end tells who waits.
+    /// With another worker: what an earlier one drained is gone with it, and dropping its end tells who waits.
+    fn begin(&mut self) {
         self.stopping.clear();
         self.replaced.clear();
         self.failed.clear();
-        let all: Vec<ToWorker> = self.sockets.all().map(|served| self.serve_message(served)).collect();
+    }
+
+    /// Serves one worker until it is gone or shall go.
+    async fn attend(&mut self, worker: &Worker) -> Ended {
+        let now = |served: &&super::Served| !self.served_later(&served.proxy);
+        let all: Vec<ToWorker> = self.sockets.all().filter(now).map(|served| self.serve_message(served)).collect();
         for message in all {
             if self.send(worker, &message, &[]).await.is_err() {
                 return Ended::WorkerGone;
@@ -224,6 +233,11 @@ impl Supervisor {
         }
     }
 
+    /// It is served again once it has stopped, or its pause is over.
+    fn served_later(&self, proxy: &str) -> bool {
+        self.replaced.contains(proxy) || self.failed.waits(proxy) || self.stopping.contains_key(proxy)
+    }
+
     async fn serve(&mut self, worker: &Worker, served: super::Served) -> Result<(), ()> {
         let message = self.serve_message(&served);
         let proxy = served.proxy.clone();
@@ -234,7 +248,7 @@ impl Supervisor {
             self.adopt(worker, &proxy, address, listener).await?;
         }
         if self.replaced.contains(&proxy) || self.failed.waits(&proxy) {
-            return Ok(()); // served again once it has stopped, or its pause is over
+            return Ok(()); // later, see there
         }
         if let Some(stopping) = self.stopping.get(&proxy) {
             // The worker would refuse it before it has stopped.
@@ -444,8 +458,12 @@ impl Supervisor {
         let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
         if self.send(&worker, &ToWorker::Drain { deadline_ms }, &[]).await.is_ok() {
             let drained = async {
-                while let Ok(Some((message, _))) = worker.control.recv::<ToAgent>().await {
-                    self.hear(message);
+                loop {
+                    match worker.control.recv::<ToAgent>().await {
+                        Ok(Some((message, _))) => self.hear(message),
+                        Ok(None) | Err(ReceiveError::Socket(_)) => break,
+                        Err(error) => debug!(%error, "the worker said what is not understood while it drained"),
+                    }
                 }
             };
             if timeout(deadline, drained).await.is_err() {

@@ -296,8 +296,15 @@ async fn a_client_that_is_refused_is_not_listened_to_for_long() {
     limited.limits = HttpLimits { max_connections: 0, ..HttpLimits::default() };
     let server = Server::with(limited).await;
     let mut stream = TcpStream::connect(server.control.http_addrs()[0]).await.expect("connected");
-    let talks = async { while stream.write_all(&[b'x'; 1024]).await.is_ok() {} };
-    tokio::time::timeout(PATIENCE, talks).await.expect("cut off by bytes");
+    let mut sent = 0;
+    let talks = async {
+        while stream.write_all(&[b'x'; 1 << 16]).await.is_ok() {
+            sent += 1 << 16;
+        }
+    };
+    tokio::time::timeout(PATIENCE, talks).await.expect("cut off");
+    // What the sockets hold comes on top; within the time alone it would be hundreds.
+    assert!(sent < 32 << 20, "cut off by bytes, not by time: {sent}");
     let mut silent = TcpStream::connect(server.control.http_addrs()[0]).await.expect("connected");
     let closed = async {
         while silent.write_all(b"x").await.is_ok() {

@@ -81,8 +81,9 @@ pub fn check_registered(text: &str) -> Result<(), NameError> {
     if text.len() > MAX_REGISTERED {
         return Err(NameError::TooLongToRegister(text.chars().take(MAX_SERVICE_NAME).collect()));
     }
-    // Unicode's line and paragraph separators and its explicit directions (UAX #9 §2).
-    let unseen = |char| matches!(char, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    // Unicode's line and paragraph separators, its explicit directions and its marks of direction (UAX #9 §2).
+    let unseen =
+        |char| matches!(char, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}' | '\u{61c}');
     if text.chars().any(|char| char.is_control() || unseen(char)) {
         return Err(NameError::Control(text.to_owned()));
     }
@@ -194,7 +195,7 @@ mod tests {
         for name in ["..", ".", "../../etc", "/etc", "etc/", "a//b", "a/../b", "a/./b", "..\\etc"] {
             assert_eq!(check_registered(name), Err(NameError::Path(name.to_owned())));
         }
-        for name in ["a\nb", "a\0", "\u{1b}[2J", "\u{85}", "a\u{2028}b", "a\u{202e}b", "a\u{2066}b", "a\u{2069}"] {
+        for name in ["a\nb", "a\0", "\u{1b}[2J", "\u{85}", "a\u{2028}b", "a\u{202e}b", "a\u{2066}b", "a\u{200f}"] {
             assert_eq!(check_registered(name), Err(NameError::Control(name.to_owned())));
         }
         assert_eq!(check_registered(""), Err(NameError::Empty));

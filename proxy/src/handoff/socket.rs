@@ -93,7 +93,7 @@ pub enum ReceiveError {
     /// Not a message of this protocol.
     #[error("parse message")]
     Parse(#[source] serde_json::Error),
-    /// The message speaks of another number of descriptors than came, or more were sent: there was no room for them.
+    /// The message speaks of another number of descriptors than came.
     #[error("message speaks of {said} descriptors, {came} came")]
     Descriptors {
         /// What the message says.

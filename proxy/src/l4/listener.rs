@@ -95,7 +95,7 @@ pub(crate) struct Shared {
     stopped: CancellationToken,
 }
 
-/// A listener that accepts. Dropping it closes the socket; connections go on until [`Listener::drain`] says otherwise.
+/// A listener that accepts. Dropping it closes the socket and ends its connections, unless [`Listener::drain`] lets them go on.
 #[derive(Debug)]
 pub(crate) struct Listener {
     shared: Arc<Shared>,

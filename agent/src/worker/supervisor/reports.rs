@@ -7,7 +7,7 @@ use tracing::warn;
 use super::Supervisor;
 
 impl Supervisor {
-    /// Takes in what is told of connections.
+    /// Takes in what is told of connections; nothing else.
     pub(super) fn hear(&self, message: ToAgent) {
         match message {
             ToAgent::Event(record) => self.event(record),

@@ -151,6 +151,33 @@ async fn a_worker_whose_descriptors_do_not_fit_is_not_given_up() {
     assert!(matches!(ended, Ended::Incomplete));
 }
 
+/// It is asked again for what it said before, and carries on meanwhile.
+#[tokio::test]
+async fn a_worker_that_is_taken_over_anew_drains_on_and_is_not_told_to_serve_what_it_drains() {
+    let (_handle, mut supervisor) = supervisor();
+    let (done, mut gone) = oneshot::channel();
+    let Command::Serve(web) = served("web") else { unreachable!() };
+    let Command::Serve(api) = served("api") else { unreachable!() };
+    supervisor.sockets.serve(web);
+    supervisor.sockets.serve(api);
+    supervisor.stopping.insert("web".to_owned(), Stopping { service: None, waiting: vec![done], overdue: None });
+    let (control, other_end) = ControlSocket::pair().expect("socketpair");
+    let other_end = ControlSocket::new(other_end).expect("control socket");
+    let worker = Worker::at(control).expect("a process");
+    let drains = async {
+        assert!(matches!(told(&other_end).await, ToWorker::Serve { proxy, .. } if proxy == "api"));
+        gone.try_recv().expect_err("it is drained yet");
+        stopped(&other_end).await;
+        assert!(matches!(told(&other_end).await, ToWorker::Serve { proxy, .. } if proxy == "web"));
+        gone.await.expect("told");
+    };
+    tokio::select! {
+        _ = supervisor.attend(&worker) => panic!("the worker was given up"),
+        () = drains => {}
+    }
+    assert!(supervisor.view.borrow().proxy_failures.is_empty(), "it did not fail");
+}
+
 #[tokio::test]
 async fn who_waits_for_a_drained_proxy_hears_of_the_next_worker() {
     let (control, other_end) = ControlSocket::pair().expect("socketpair");
@@ -158,6 +185,7 @@ async fn who_waits_for_a_drained_proxy_hears_of_the_next_worker() {
     let (done, gone) = oneshot::channel();
     supervisor.stopping.insert("web".to_owned(), Stopping { service: None, waiting: vec![done], overdue: None });
     drop(other_end);
+    supervisor.begin();
     supervisor.attend(&Worker::at(control).expect("a process")).await;
     timeout(STUCK, gone).await.expect("told").expect_err("by the end of the channel");
 }
