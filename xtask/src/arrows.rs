@@ -1,4 +1,4 @@
-//! The direction of dependencies between our crates: down only.
+//! The direction of dependencies between our crates, down only; and that each takes the workspace's lints.
 
 use std::collections::BTreeMap;
 
@@ -45,8 +45,24 @@ pub(crate) fn check() -> anyhow::Result<()> {
     if !wrong.is_empty() {
         bail!("arrows that turn back (ARCHITECTURE.md, \"Code map\"):\n  {}", wrong.join("\n  "));
     }
+    let lax = without_lints(&metadata)?;
+    if !lax.is_empty() {
+        bail!("crates without the workspace's lints ([lints] workspace = true): {}", lax.join(", "));
+    }
     println!("arrows point down only");
     Ok(())
+}
+
+fn without_lints(metadata: &Value) -> anyhow::Result<Vec<String>> {
+    let mut lax = Vec::new();
+    for package in metadata["packages"].as_array().into_iter().flatten() {
+        let manifest = package["manifest_path"].as_str().context("manifest_path")?;
+        let text = std::fs::read_to_string(manifest).with_context(|| manifest.to_owned())?;
+        if !text.contains("[lints]\nworkspace = true\n") {
+            lax.push(manifest.to_owned());
+        }
+    }
+    Ok(lax)
 }
 
 fn turned_back(metadata: &Value) -> Vec<String> {
@@ -96,6 +112,20 @@ mod tests {
         assert_eq!(turned_back(&workspace), ["culvert-control -> culvert-tests"]);
         workspace["packages"][0]["dependencies"][0]["kind"] = "dev".into();
         assert!(turned_back(&workspace).is_empty());
+    }
+
+    #[test]
+    fn a_crate_with_lints_of_its_own_is_named() {
+        let folder = tempfile::tempdir().expect("a directory");
+        let manifest = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).expect("a manifest");
+            json!({"manifest_path": path})
+        };
+        let good = manifest("good.toml", "[package]\n\n[lints]\nworkspace = true\n");
+        let lax = manifest("lax.toml", "[package]\n");
+        let found = without_lints(&json!({"packages": [good, lax]})).expect("readable");
+        assert!(matches!(&found[..], [one] if one.ends_with("lax.toml")), "{found:?}");
     }
 
     #[test]
