@@ -5,6 +5,15 @@ use std::process::Command;
 
 use serde_json::Value;
 
+const WORKS: [&str; 6] = [
+    "echo 64 B",
+    "echo 1 KiB",
+    "echo 16 KiB",
+    "throughput, 1 connection",
+    "throughput, 8 connections",
+    "new connections",
+];
+
 #[test]
 fn a_short_comparison_reports_on_every_contender() {
     let envoy = std::env::var_os("CULVERT_ENVOY").expect("CULVERT_ENVOY names Envoy's binary; run `cargo xtask test`");
@@ -21,17 +30,23 @@ fn a_short_comparison_reports_on_every_contender() {
     let table = String::from_utf8(output.stdout).expect("a table");
     let contenders = ["plain TCP", "culvert direct", "culvert mTLS", "Envoy mTLS"];
     for phase in phases {
-        for work in ["echo 64 B", "echo 1 KiB", "echo 16 KiB", "throughput, 8 connections", "new connections"] {
+        for work in WORKS {
             let results = phase["results"].as_array().expect("results").iter();
             let did: Vec<_> = results.filter(|result| result["work"] == work).collect();
             assert_eq!(did.iter().map(|result| &result["contender"]).collect::<Vec<_>>(), contenders, "{work}");
             assert!(did.iter().all(|result| result["rate"].as_f64() > Some(0.0)), "{work}: {did:?}");
             // Whoever stands between has to work for it: time that is not counted would flatter.
             assert!(did[2..].iter().all(|result| result["cpu_nanos"].as_f64() > Some(0.0)), "{work}: {did:?}");
+            if work.starts_with("echo") {
+                let p999 = |result: &Value| result["latency"]["p999"].as_f64().expect("p99.9");
+                let p50 = |result: &Value| result["latency"]["p50"].as_f64().expect("p50");
+                assert!(did.iter().all(|result| p999(result) >= p50(result) && p50(result) > 0.0), "{work}: {did:?}");
+            }
             assert!(table.contains(work), "{table}");
         }
         let memory = phase["memory"].as_array().expect("memory");
         assert_eq!(memory.iter().map(|one| &one["contender"]).collect::<Vec<_>>(), contenders[2..]);
+        assert!(memory.iter().all(|one| one["idle"].as_u64() > Some(0)), "{memory:?}");
         let intentions = phase["intentions"].as_array().expect("intentions");
         assert_eq!(intentions.iter().map(|one| &one["contender"]).collect::<Vec<_>>(), contenders[1..3]);
     }

@@ -6,6 +6,7 @@ mod goals;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
@@ -16,8 +17,10 @@ use crate::intentions::Enforcement;
 /// A whole comparison, as it is written to `bench.json`.
 #[derive(Debug, Deserialize, Serialize)]
 pub(crate) struct Report {
-    /// What was compared: version of this program, kernel, processors.
+    /// What was compared: version of this program, revision of its sources, kernel, processors.
     pub(crate) culvert: String,
+    #[serde(default)]
+    pub(crate) revision: Option<String>,
     pub(crate) kernel: String,
     pub(crate) processors: usize,
     pub(crate) rounds: usize,
@@ -33,6 +36,7 @@ impl Report {
         let kernel = kernel.split('.').take(2).collect::<Vec<_>>().join(".");
         Self {
             culvert: env!("CARGO_PKG_VERSION").to_owned(),
+            revision: revision(),
             kernel,
             processors: std::thread::available_parallelism().map_or(1, usize::from),
             rounds: extent.rounds,
@@ -61,12 +65,19 @@ impl Report {
         if let Some(pinned) = self.phases.iter().find(|phase| phase.pinned) {
             goals::write(&mut text, pinned).expect("writing to a string cannot fail");
         }
-        let Self { culvert, kernel, rounds, millis, .. } = self;
+        let Self { culvert, revision, kernel, rounds, millis, .. } = self;
+        let revision = revision.as_ref().map(|revision| format!(" ({revision})")).unwrap_or_default();
         text + &format!(
-            "\nculvert {culvert}, Linux {kernel}. Medians of {rounds} rounds; in each, every contender works {millis} ms. \
+            "\nculvert {culvert}{revision}, Linux {kernel}. Medians of {rounds} rounds; in each, every contender works {millis} ms. \
              In brackets: multiple of plain TCP in the same round.\n"
         )
     }
+}
+
+/// What git calls the sources, if it knows them; of changed ones it says so.
+fn revision() -> Option<String> {
+    let git = Command::new("git").args(["describe", "--always", "--dirty", "--abbrev=12"]).output().ok()?;
+    git.status.success().then(|| String::from_utf8_lossy(&git.stdout).trim().to_owned())
 }
 
 fn write_phase(text: &mut String, phase: &Phase, processors: usize) -> std::fmt::Result {
@@ -125,4 +136,24 @@ fn with_ratio(value: String, ratio: f64, outcome: &Outcome) -> String {
 /// Counted in bytes?
 pub(super) fn is_throughput(outcome: &Outcome) -> bool {
     outcome.work.starts_with("throughput")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each table, paragraph and heading of the report is a block of its own.
+    #[test]
+    fn the_readme_shows_the_report_that_is_published() {
+        let report: Report = serde_json::from_str(include_str!("../../../docs/bench/bench.json")).expect("a report");
+        let readme = include_str!("../../../README.md");
+        for block in report.table().trim().split("\n\n") {
+            assert!(readme.contains(block), "README.md lacks:\n{block}");
+        }
+        assert_eq!(
+            include_str!("../../../docs/bench/bench.svg"),
+            chart::draw(&report),
+            "the chart is of another report"
+        );
+    }
 }
