@@ -11,6 +11,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
@@ -37,7 +38,8 @@ pub(super) fn ensure_directory(directory: &Path) -> io::Result<()> {
             Some("mode=700"),
         )?;
     }
-    fs::create_dir_all(directory)?;
+    // Whoever may open it may lock it.
+    fs::DirBuilder::new().recursive(true).mode(0o711).create(directory)?;
     if is_bpf_fs(directory)? {
         return Ok(());
     }

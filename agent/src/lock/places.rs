@@ -1,8 +1,11 @@
 //! Locks of what agents of several network namespaces can share.
+//!
+//! Whoever may open a file or a directory, for reading alone, may lock it: what the agent makes here, others may not open. Else
+//! any user could keep the next agent from starting.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Read as _, Write as _};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock, major, minor};
@@ -67,8 +70,8 @@ impl Places {
     /// # Errors
     /// [`LockError::Used`] with the holder.
     pub(crate) fn take_file(&mut self, path: &Path) -> Result<(), LockError> {
-        let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o644).open(path);
-        let mut file = self.lock(Place::Netns, path, open)?;
+        let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
+        let mut file = self.lock(Place::Netns, path, || open().and_then(make_private))?;
         let text = serde_json::to_vec(&self.holder).expect("a holder is plain data");
         if let Err(error) = file.set_len(0).and_then(|()| file.write_all(&text)) {
             warn!(%error, path = %path.display(), "another agent that finds the lock taken will not know by whom");
@@ -84,8 +87,9 @@ impl Places {
     /// [`LockError::Used`].
     pub(crate) fn take_cgroup(&mut self, path: &Path) -> Result<(), LockError> {
         let missing = !path.exists();
-        let open = || fs::create_dir_all(path).and_then(|()| File::open(path));
-        let file = self.lock(Place::Cgroup, path, open)?;
+        // Others may pass through to what is below.
+        let open = || DirBuilder::new().recursive(true).mode(0o711).create(path).and_then(|()| File::open(path));
+        let file = self.lock(Place::Cgroup, path, || open().and_then(make_private))?;
         self.held.push((path.to_owned(), file));
         self.made = missing.then(|| path.to_owned());
         Ok(())
@@ -145,6 +149,15 @@ impl Drop for Places {
     }
 }
 
+/// The mode at creation says nothing of what was there, made by an earlier version.
+fn make_private(file: File) -> io::Result<File> {
+    let mode = file.metadata()?.permissions().mode();
+    if mode & 0o066 != 0 {
+        file.set_permissions(Permissions::from_mode(mode & !0o066))?;
+    }
+    Ok(file)
+}
+
 /// Is `file` what one finds at `path`?
 fn is_at(file: &File, path: &Path) -> bool {
     let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
@@ -152,16 +165,20 @@ fn is_at(file: &File, path: &Path) -> bool {
     matches!((file, path), (Ok(file), Ok(path)) if file == path)
 }
 
-/// Who holds the lock of `file`: by what the file says, else by the kernel's list of locks.
+/// Who holds the lock of `file`: by the kernel's list of locks, and by what the file says. One that was killed may have written
+/// that: the list is right then.
 fn who(file: &File) -> String {
     let mut text = String::new();
     let said = file.take(MAX_ANSWER).read_to_string(&mut text).ok().and_then(|_| serde_json::from_str(&text).ok());
-    if let Some(Holder { pid, data_dir, .. }) = said {
-        return format!(", pid {pid}, data directory {}", data_dir.display());
-    }
     let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
     let holder = file.metadata().ok().and_then(|metadata| holder_in(&locks, &metadata));
-    holder.map_or_else(String::new, |pid| format!(", pid {pid}"))
+    match (holder, said) {
+        (holder, Some(Holder { pid, data_dir, .. })) if holder.is_none_or(|holder| holder == pid) => {
+            format!(", pid {pid}, data directory {}", data_dir.display())
+        }
+        (Some(pid), _) => format!(", pid {pid}"),
+        (None, _) => String::new(),
+    }
 }
 
 /// The process that holds an flock of this file, of the lines of `/proc/locks` (proc_locks(5)).
@@ -203,6 +220,37 @@ mod tests {
         drop(first);
         assert!(!file.exists(), "removed with its holder");
         places(&data).take_directory(Place::Data, &data).expect("free again");
+    }
+
+    #[test]
+    fn others_may_not_open_what_is_locked() {
+        let folder = tempfile::tempdir().expect("a directory");
+        let (file, cgroup) = (folder.path().join("culvert.lock"), folder.path().join("culvert"));
+        let mode = |path: &Path| fs::metadata(path).expect("made").permissions().mode() & 0o777;
+        for _ in 0..2 {
+            let mut places = places(folder.path());
+            places.take_file(&file).expect("free");
+            places.take_cgroup(&cgroup).expect("free");
+            assert_eq!([mode(&file), mode(&cgroup)], [0o600, 0o711]);
+            drop(places);
+            // As an earlier version left them.
+            fs::write(&file, "").expect("a file");
+            fs::set_permissions(&file, Permissions::from_mode(0o644)).expect("its own");
+            fs::create_dir_all(&cgroup).expect("a directory");
+            fs::set_permissions(&cgroup, Permissions::from_mode(0o755)).expect("its own");
+        }
+    }
+
+    #[test]
+    fn what_a_killed_agent_wrote_is_not_taken_for_the_holder() {
+        let folder = tempfile::tempdir().expect("a directory");
+        let file = folder.path().join("culvert.lock");
+        let killed = Holder { pid: u32::MAX, data_dir: "/killed".into(), started: 0 };
+        fs::write(&file, serde_json::to_vec(&killed).expect("plain data")).expect("a file");
+        let holder = File::open(&file).expect("made");
+        flock(&holder, FlockOperation::NonBlockingLockExclusive).expect("free");
+        let refused = places(folder.path()).take_file(&file).expect_err("taken").to_string();
+        assert!(refused.contains(&format!(", pid {}:", std::process::id())), "{refused}");
     }
 
     #[test]
