@@ -11,7 +11,7 @@ use std::io::{Read as _, Write as _};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tracing::warn;
@@ -22,6 +22,10 @@ pub(crate) use places::{Place, Places};
 const NAME: &[u8] = b"culvert/agent";
 /// How long a running agent may take to say who it is.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// How long a process may hold the name that does not answer: one that was killed holds it until the kernel has taken it down.
+const SILENT_FOR: Duration = Duration::from_secs(2);
+/// Pause between two attempts meanwhile.
+const SILENT_PAUSE: Duration = Duration::from_millis(20);
 /// Longest answer that is read.
 const MAX_ANSWER: u64 = 4096;
 
@@ -87,11 +91,7 @@ pub(crate) enum LockError {
 /// [`LockError::Running`] with the holder when another agent runs in this network namespace.
 pub(crate) fn take(data_dir: &Path, started: u64) -> Result<Holder, LockError> {
     let address = SocketAddr::from_abstract_name(NAME).map_err(LockError::Socket)?;
-    let listener = match UnixListener::bind_addr(&address) {
-        Ok(listener) => listener,
-        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => return Err(ask(&address)),
-        Err(error) => return Err(LockError::Socket(error)),
-    };
+    let listener = listen(&address)?;
     let holder = Holder { pid: std::process::id(), data_dir: data_dir.to_owned(), started };
     let told = holder.clone();
     std::thread::Builder::new()
@@ -99,6 +99,20 @@ pub(crate) fn take(data_dir: &Path, started: u64) -> Result<Holder, LockError> {
         .spawn(move || answer(&listener, &told))
         .map_err(LockError::Socket)?;
     Ok(holder)
+}
+
+fn listen(address: &SocketAddr) -> Result<UnixListener, LockError> {
+    let start = Instant::now();
+    loop {
+        match UnixListener::bind_addr(address) {
+            Ok(listener) => return Ok(listener),
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => match ask(address) {
+                LockError::Silent if start.elapsed() < SILENT_FOR => std::thread::sleep(SILENT_PAUSE),
+                taken => return Err(taken),
+            },
+            Err(error) => return Err(LockError::Socket(error)),
+        }
+    }
 }
 
 fn ask(address: &SocketAddr) -> LockError {
@@ -123,5 +137,22 @@ fn answer(listener: &UnixListener, holder: &Holder) {
             warn!(%error, "could not tell another agent who holds the lock");
             std::thread::sleep(Duration::from_millis(50)); // an error that repeats must not spin
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_one_that_is_being_taken_down_is_waited_for() {
+        let address = SocketAddr::from_abstract_name(format!("culvert/test-{}", std::process::id())).expect("a name");
+        let dying = UnixListener::bind_addr(&address).expect("free");
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| listen(&address));
+            drop(dying.accept().expect("asked who it is")); // without an answer
+            drop(dying);
+            next.join().expect("no panic").expect("free again");
+        });
     }
 }

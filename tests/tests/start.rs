@@ -7,6 +7,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use culvert_tests::{DATA_DIR, Node, NodeOptions, Process, World, binary, eventually};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// Below it are the data directories of this test.
 const FOLDER: &str = "/run/start";
@@ -114,6 +116,17 @@ fn what_was_being_written_when_an_agent_was_killed_is_gone_after_the_next_start(
     node.spawn();
     eventually("what was left is gone", || !ours.iter().any(|path| Path::new(path).exists()));
     assert!(others.iter().all(|path| Path::new(path).exists()), "files of others stay");
+    node.leave();
+}
+
+#[test]
+fn an_agent_that_is_started_at_once_after_one_was_killed_waits_for_its_end() {
+    let world = World::new("at-once");
+    let mut node = Node::start(&world, NodeOptions { server: true, ..NodeOptions::default() });
+    for _ in 0..5 {
+        kill(Pid::from_raw(node.pid()), Signal::SIGKILL).expect("signal the agent");
+        node.spawn();
+    }
     node.leave();
 }
 
