@@ -120,6 +120,32 @@ fn what_was_being_written_when_an_agent_was_killed_is_gone_after_the_next_start(
 }
 
 #[test]
+fn an_agent_that_is_ended_while_it_starts_leaves_nothing() {
+    let world = World::new("early-end");
+    fs::create_dir_all(FOLDER).expect("a folder");
+    let log = format!("{FOLDER}/log");
+    let file = fs::File::create(&log).expect("a log");
+    let mut command = Command::new(binary("culvert"));
+    command.args(["agent", "-dev", "-cgroup-parent", &world.cgroup_parent()]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
+    let mut agent = command.spawn().expect("start the agent");
+    // From then on it makes what it would have to remove.
+    let begun = || fs::read_to_string(&log).is_ok_and(|said| said.contains("culvert agent serves"));
+    eventually("the agent has begun", begun);
+    let pid = Pid::from_raw(i32::try_from(agent.id()).expect("a process id"));
+    kill(pid, Signal::SIGTERM).expect("signal the agent");
+    eventually("the agent ends", || agent.try_wait().expect("look after the agent").is_some());
+    let said = fs::read_to_string(&log).expect("its log");
+    assert!(agent.wait().expect("ended").success(), "{said}");
+    let links = world.run("ip", &["-o", "link"]);
+    assert!(!links.contains("culvert0"), "{links}");
+    assert_eq!(world.run("nft", &["list", "tables"]), "", "nftables");
+    assert!(!Path::new("/sys/fs/bpf/culvert").exists(), "pins");
+    assert!(!Path::new("/run/culvert.lock").exists(), "the lock file");
+    assert!(!world.unified().join(world.cgroup_parent()).exists(), "the cgroup");
+}
+
+#[test]
 fn an_agent_that_is_started_at_once_after_one_was_killed_waits_for_its_end() {
     let world = World::new("at-once");
     let mut node = Node::start(&world, NodeOptions { server: true, ..NodeOptions::default() });

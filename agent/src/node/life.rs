@@ -27,12 +27,16 @@ pub(super) fn reloadable(settings: &Settings) -> Reloadable {
 }
 
 /// Signals that ask the agent to end.
-struct Ends {
+pub(super) struct Ends {
     interrupt: Signal,
     terminate: Signal,
 }
 
 impl Ends {
+    pub(super) fn new() -> std::io::Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
     async fn recv(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
@@ -54,9 +58,12 @@ pub(super) struct Agent {
 
 impl Agent {
     /// Serves signals and operators until the end.
-    pub(super) async fn attend(mut self, mut asked: Asks, control_runtime: &Runtime) -> anyhow::Result<()> {
-        let mut ends =
-            Ends { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? };
+    pub(super) async fn attend(
+        mut self,
+        mut ends: Ends,
+        mut asked: Asks,
+        control_runtime: &Runtime,
+    ) -> anyhow::Result<()> {
         let mut hang_up = signal(SignalKind::hangup())?;
         loop {
             tokio::select! {
