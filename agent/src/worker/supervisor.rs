@@ -167,6 +167,8 @@ impl Supervisor {
         self.stopping.clear();
         self.replaced.clear();
         self.failed.clear();
+        // This one does not hold what an earlier one brought, and would find the addresses taken.
+        self.brought.clear();
     }
 
     /// Serves one worker until it is gone or shall go.

@@ -179,6 +179,29 @@ async fn a_worker_that_is_taken_over_anew_drains_on_and_is_not_told_to_serve_wha
 }
 
 #[tokio::test]
+async fn listeners_that_a_worker_brought_end_with_it() {
+    let (control, other_end) = ControlSocket::pair().expect("socketpair");
+    let other_end = ControlSocket::new(other_end).expect("control socket");
+    let (_handle, mut supervisor) = supervisor();
+    let worker = Worker::at(control).expect("a process");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("its address");
+    other_end
+        .send(&ToAgent::Adopt { proxy: "web".to_owned(), address }, &[listener.as_fd()])
+        .await
+        .expect("the agent listens");
+    drop((listener, other_end));
+    assert!(matches!(supervisor.attend(&worker).await, Ended::WorkerGone));
+    assert_eq!(supervisor.brought.len(), 1);
+    let (control, other_end) = ControlSocket::pair().expect("socketpair");
+    drop(other_end);
+    let next = Worker::at(control).expect("a process");
+    supervisor.begin();
+    assert!(matches!(supervisor.attend(&next).await, Ended::WorkerGone));
+    std::net::TcpListener::bind(address).expect("nobody listens there any more");
+}
+
+#[tokio::test]
 async fn who_waits_for_a_drained_proxy_hears_of_the_next_worker() {
     let (control, other_end) = ControlSocket::pair().expect("socketpair");
     let (_handle, mut supervisor) = supervisor();
