@@ -156,6 +156,22 @@ fn an_agent_that_is_started_at_once_after_one_was_killed_waits_for_its_end() {
     node.leave();
 }
 
+#[test]
+fn who_asks_an_agent_to_leave_that_is_leaving_hears_of_its_end() {
+    let world = World::new("leave-twice");
+    let mut node = Node::start(&world, NodeOptions { server: true, ..NodeOptions::default() });
+    drop(node.run_pair(""));
+    let people = node.people();
+    std::thread::scope(|scope| {
+        let asked = [0; 3].map(|_| scope.spawn(|| node.culvert(&["leave"])));
+        for asked in asked {
+            asked.join().expect("it has left");
+        }
+    });
+    node.ended();
+    world.assert_nothing_left(&people);
+}
+
 /// What an agent says that is started in a network namespace of its own, after `prepare`.
 fn says_elsewhere(prepare: &str, arguments: &[&str]) -> String {
     let script = format!("ip link set lo up && {prepare} && exec \"$@\"");

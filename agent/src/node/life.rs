@@ -45,6 +45,17 @@ impl Ends {
     }
 }
 
+/// Who asked while the agent left is answered, too.
+async fn answer_others(mut asked: Asks, left: &Result<(), String>) {
+    asked.close();
+    while let Some((ask, done)) = asked.recv().await {
+        drop(done.send(match ask {
+            Ask::Leave => left.clone(),
+            Ask::Reload => Err("the agent is leaving".to_owned()),
+        }));
+    }
+}
+
 /// Everything that runs.
 pub(super) struct Agent {
     pub(super) settings: Settings,
@@ -78,6 +89,7 @@ impl Agent {
                     Some((Ask::Leave, done)) => {
                         let left = self.leave(&mut ends).await;
                         drop(done.send(left.clone()));
+                        answer_others(asked, &left).await;
                         // The answer leaves before the server does.
                         tokio::time::sleep(Duration::from_millis(200)).await;
                         return self.end(control_runtime, left).await;
