@@ -3,10 +3,10 @@
 //! Left out: `PATH`, `HOME` and the like, which the driver decides.
 
 use crate::template::{Target, target};
-use crate::{Group, Job, Task, Template, TemplateError, UnknownTask};
+use crate::{Group, Job, Resources, Task, Template, TemplateError, UnknownTask};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 /// Longest value of one variable in bytes: Linux takes no more (`MAX_ARG_STRLEN`, execve(2)).
 pub const MAX_VALUE: usize = 128 * 1024;
@@ -30,6 +30,15 @@ pub struct AllocContext {
     pub ports: BTreeMap<String, PortBinding>,
 }
 
+impl AllocContext {
+    /// A context for names alone.
+    fn nowhere(node: NodeContext) -> Self {
+        let (host_ip, alloc_ip) = (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into());
+        let (alloc_id, alloc_interface) = (String::new(), String::new());
+        Self { alloc_id, index: 0, node, host_ip, alloc_ip, alloc_interface, ports: BTreeMap::new() }
+    }
+}
+
 /// The node, as `${node.…}`, `${attr.…}` and `${meta.…}` show it.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct NodeContext {
@@ -45,8 +54,13 @@ pub struct NodeContext {
     pub meta: BTreeMap<String, String>,
 }
 
+impl NodeContext {
+    /// The keys of `attributes` that every node has.
+    pub const ATTRIBUTES: [&str; 4] = ["cpu.arch", "culvert.version", "kernel.name", "unique.hostname"];
+}
+
 /// Where a `port` block ended up.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct PortBinding {
     /// Port of the host.
     pub host: u16,
@@ -55,7 +69,7 @@ pub struct PortBinding {
 }
 
 /// A task's directories, as the task itself sees them.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct TaskDirs {
     /// `NOMAD_ALLOC_DIR`: shared by the tasks of the allocation.
     pub alloc: String,
@@ -114,12 +128,7 @@ impl Environment {
     ) -> Result<Self, EnvironmentError> {
         let (group, task) = job.task(group, task)?;
         let mut environment = Self::base(job, group, context);
-        environment.set("NOMAD_TASK_NAME", &task.name);
-        environment.set("NOMAD_ALLOC_DIR", &dirs.alloc);
-        environment.set("NOMAD_TASK_DIR", &dirs.local);
-        environment.set("NOMAD_SECRETS_DIR", &dirs.secrets);
-        environment.set("NOMAD_CPU_LIMIT", task.resources.cpu_mhz);
-        environment.set("NOMAD_MEMORY_LIMIT", task.resources.memory_mb);
+        environment.add_task(&task.name, task.resources, dirs);
         environment.add_meta(job, group, Some(task))?;
         environment.add_task_env(job, &task.env)?;
         Ok(environment)
@@ -139,6 +148,45 @@ impl Environment {
             Target::Node(name) => self.node.get(name),
         }
         .map(String::as_str)
+    }
+
+    /// The names that services and tasks of `group` have in common, without `meta`. The values mean nothing, as below.
+    pub(crate) fn names_of_group(job: &Job, group: &Group) -> Self {
+        let attributes = NodeContext::ATTRIBUTES.map(|key| (key.to_owned(), String::new()));
+        let labels = group.network.ports.iter().map(|port| port.label.clone());
+        let ports = labels.map(|label| (label, PortBinding::default())).collect();
+        let node = NodeContext { attributes: attributes.into(), ..NodeContext::default() };
+        Self::base(job, group, &AllocContext { ports, ..AllocContext::nowhere(node) })
+    }
+
+    /// The names that every task of `group` has beside those, without `meta`.
+    pub(crate) fn names_of_tasks(group: &Group) -> Self {
+        let mut names = Self::default();
+        names.add_task("", Resources::default(), &TaskDirs::default());
+        let nowhere = AllocContext::nowhere(NodeContext::default());
+        for service in group.services.iter().filter(|service| service.connect.is_some()) {
+            names.add_port(&format!("connect-proxy-{}", service.name), PortBinding::default(), &nowhere);
+        }
+        names
+    }
+
+    /// The names that the keys of `meta` make.
+    pub(crate) fn names_of_meta(meta: &BTreeMap<String, Template>) -> Self {
+        let mut names = Self::default();
+        meta.keys().for_each(|key| names.set_meta(key, String::new()));
+        names
+    }
+
+    /// The names that `task` adds: those of its `meta` and `env`.
+    pub(crate) fn names_of_task(task: &Task) -> Self {
+        let mut names = Self::names_of_meta(&task.meta);
+        task.env.keys().for_each(|key| names.set_both(key, String::new()));
+        names
+    }
+
+    /// All names, as they stand between `${` and `}`.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.variables.keys().chain(self.node.keys()).map(String::as_str)
     }
 
     fn base(job: &Job, group: &Group, context: &AllocContext) -> Self {
@@ -170,6 +218,15 @@ impl Environment {
         environment
     }
 
+    fn add_task(&mut self, name: &str, resources: Resources, dirs: &TaskDirs) {
+        self.set("NOMAD_TASK_NAME", name);
+        self.set("NOMAD_ALLOC_DIR", &dirs.alloc);
+        self.set("NOMAD_TASK_DIR", &dirs.local);
+        self.set("NOMAD_SECRETS_DIR", &dirs.secrets);
+        self.set("NOMAD_CPU_LIMIT", resources.cpu_mhz);
+        self.set("NOMAD_MEMORY_LIMIT", resources.memory_mb);
+    }
+
     fn add_port(&mut self, label: &str, port: PortBinding, context: &AllocContext) {
         let host = SocketAddr::new(context.host_ip, port.host);
         let inside = SocketAddr::new(context.alloc_ip, port.inside);
@@ -189,17 +246,21 @@ impl Environment {
         }
     }
 
-    /// `NOMAD_META_<key>` as written and in upper case.
     fn add_meta(&mut self, job: &Job, group: &Group, task: Option<&Task>) -> Result<(), EnvironmentError> {
         let mut rendered = Vec::new();
         for (key, value) in job.task_meta(group, task) {
             rendered.push((key.to_owned(), self.value(job, key, value)?));
         }
         for (key, value) in rendered {
-            self.set_both(&format!("NOMAD_META_{key}"), value.clone());
-            self.set_both(&format!("NOMAD_META_{}", key.to_uppercase()), value);
+            self.set_meta(&key, value);
         }
         Ok(())
+    }
+
+    /// `NOMAD_META_<key>` as written and in upper case.
+    fn set_meta(&mut self, key: &str, value: String) {
+        self.set_both(&format!("NOMAD_META_{key}"), value.clone());
+        self.set_both(&format!("NOMAD_META_{}", key.to_uppercase()), value);
     }
 
     /// Adds `env`. Values may refer to each other in any order; a circle leaves its references as written.

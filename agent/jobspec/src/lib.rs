@@ -16,6 +16,7 @@ mod environment;
 mod hcl;
 mod model;
 mod parse;
+mod references;
 mod sidecar;
 mod template;
 mod validate;

@@ -2,7 +2,7 @@
 
 use crate::decode::{closest, decode_job, evaluate_locals, evaluate_variables, header};
 use crate::hcl::{Budget, Problem, Scope};
-use crate::{Diagnostic, Diagnostics, Driver, Job, Location, MAX_DIAGNOSTICS, validate};
+use crate::{Diagnostic, Diagnostics, Driver, Job, Location, MAX_DIAGNOSTICS, references, validate};
 use hcl_edit::Span as _;
 use hcl_edit::structure::{Block, Body, Structure};
 use std::cell::{Cell, RefCell};
@@ -111,6 +111,11 @@ impl Session {
         self.places.borrow_mut().insert(path.to_owned(), span);
     }
 
+    /// Whether the file says something at `path`.
+    pub(crate) fn is_placed(&self, path: &str) -> bool {
+        self.places.borrow().contains_key(path)
+    }
+
     /// Where `path` stands, else the nearest thing around it.
     pub(crate) fn span(&self, path: &str) -> Option<Range<usize>> {
         let places = self.places.borrow();
@@ -121,6 +126,13 @@ impl Session {
             }
             path = path.rsplit_once('.')?.0;
         }
+    }
+
+    /// Where `text` stands in the value at `path`; the whole value, if `text` came into it from elsewhere.
+    pub(crate) fn span_within(&self, path: &str, text: &str) -> Option<Range<usize>> {
+        let span = self.span(path)?;
+        let found = self.source.get(span.clone()).and_then(|value| value.find(text)).map(|at| span.start + at);
+        Some(found.map_or(span, |start| start..start + text.len()))
     }
 
     fn location(&self, span: Range<usize>) -> Location {
@@ -170,6 +182,7 @@ fn read(session: &Session, given: &BTreeMap<String, String>) -> Option<Job> {
     };
     let mut job = decode_job(session, Scope::new(&budget, &variables, &locals, true), job)?;
     validate::validate(session, &job);
+    references::check(session, &job);
     for (group_index, group) in job.groups.iter().enumerate() {
         for index in 0..group.tasks.len() {
             let path = driver_path(group_index, index);

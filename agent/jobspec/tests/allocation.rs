@@ -97,13 +97,13 @@ fn values_may_refer_to_each_other_the_node_and_nothing() {
         C = "${node.unique.name}/${attr.kernel.name}/${meta.rack}/${env["NOMAD_DC"]}"
         X = "${Y}"
         Y = "${X}"
-        Z = "${NOMAD_NO_SUCH_THING} ${PATH}"
+        Z = "${meta.no_such_thing} ${PATH}"
         "#,
     );
     let value = |name: &str| environment.variables()[name].as_str();
     assert_eq!(value("A"), "node1/linux/r7/dc1!");
     assert!(value("X").contains("${"), "a circle stays as written: {}", value("X"));
-    assert_eq!(value("Z"), "${NOMAD_NO_SUCH_THING} ${PATH}");
+    assert_eq!(value("Z"), "${meta.no_such_thing} ${PATH}");
 }
 
 #[test]
@@ -118,18 +118,38 @@ fn values_that_double_themselves_are_refused() {
 
 #[test]
 fn services_refer_to_the_allocation_but_not_to_a_task() {
-    let job =
-        job(&SEED.replace("name = \"count-dashboard\"", "name = \"dash-${NOMAD_ALLOC_INDEX}-${NOMAD_META_nope}\""));
+    let job = job(&SEED.replace("name = \"count-dashboard\"", "name = \"dash-${NOMAD_ALLOC_INDEX}-${meta.nope}\""));
     let group = job.group("dashboard").expect("group");
     let environment = Environment::of_group(&job, group, &context()).expect("environment");
     assert_eq!(environment.lookup("NOMAD_ALLOC_INDEX"), Some("2"));
     assert_eq!(environment.lookup("NOMAD_TASK_NAME"), None);
     let name = &group.services[0].name;
-    assert_eq!(name.render("tag", &environment).expect("render"), "dash-2-${NOMAD_META_nope}");
+    assert_eq!(name.render("tag", &environment).expect("render"), "dash-2-${meta.nope}");
     assert_eq!(
         name.render_strict("service name", &environment).expect_err("unresolved").to_string(),
-        "service name \"dash-${NOMAD_ALLOC_INDEX}-${NOMAD_META_nope}\" refers to ${NOMAD_META_nope}, which this allocation does not have"
+        "service name \"dash-${NOMAD_ALLOC_INDEX}-${meta.nope}\" refers to ${meta.nope}, which this allocation does not have"
     );
+}
+
+/// Whatever an allocation has may be referred to: what is refused is what nothing replaces.
+#[test]
+fn every_variable_may_be_referred_to() {
+    let all = |environment: Environment| {
+        let names = environment.variables().keys().map(|name| format!("${{{name}}}"));
+        format!("\"{}\"", names.collect::<String>())
+    };
+    let source = SEED.replace("datacenters", "meta {\n my-key = 1\n}\n datacenters");
+    let plain = job(&source);
+    let group = plain.group("dashboard").expect("group");
+    let mut of_services = context();
+    of_services.ports.remove("connect-proxy-count-dashboard");
+    let services = all(Environment::of_group(&plain, group, &of_services).expect("environment"));
+    let tasks = all(Environment::of_task(&plain, "dashboard", "dashboard", &context(), &dirs()).expect("environment"));
+    let source = source.replace("port = \"http\"", &format!("port = \"http\"\n tags = [{services}]"));
+    job(&source.replace("COUNTING_SERVICE_URL", &format!("ALL = {tasks}\n COUNTING_SERVICE_URL")));
+
+    let late = source.replace("\"count-dashboard\"", "\"dash-${NOMAD_ALLOC_INDEX}\"");
+    job(&late.replace("NOMAD_UPSTREAM_ADDR_count_api", "NOMAD_PORT_connect-proxy-dash-0"));
 }
 
 proptest! {

@@ -21,7 +21,7 @@ fn job(source: &str) -> Job {
 /// A job with one group and one task, whose body is `task`; `top` stands before it.
 fn task_job(top: &str, task: &str) -> Job {
     job(&format!(
-        "{top}\njob \"j\" {{\n group \"g\" {{\n  network {{\n   mode = \"bridge\"\n  }}\n  task \"t\" {{\n   driver = \"exec\"\n   config {{\n    command = \"/bin/true\"\n   }}\n   {task}\n  }}\n }}\n}}\n"
+        "{top}\njob \"j\" {{\n group \"g\" {{\n  network {{\n   mode = \"bridge\"\n   port \"http\" {{}}\n  }}\n  task \"t\" {{\n   driver = \"exec\"\n   config {{\n    command = \"/bin/true\"\n   }}\n   {task}\n  }}\n }}\n}}\n"
     ))
 }
 

@@ -326,6 +326,7 @@ fn headers(reader: &Reader<'_>, name: &Template) -> BTreeMap<String, Vec<Templat
                 format!("header {key:?} holds a line break")
             }
             Some(_) => {
+                reader.session.place(&format!("{}.header.{key}", reader.path), span);
                 headers.insert(key, texts.unwrap_or_default());
                 continue;
             }

@@ -2,6 +2,7 @@
 
 mod expression;
 mod group;
+mod references;
 mod service;
 mod words;
 
