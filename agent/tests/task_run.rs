@@ -285,6 +285,39 @@ fn a_task_above_its_memory_limit_is_killed_and_says_so() {
 }
 
 #[test]
+fn a_task_has_the_weight_and_the_limits_that_it_asks_for() {
+    in_world("knobs", |world| async move {
+        let mut spec = spec(&world, Driver::Exec, "exec sleep 60");
+        spec.resources = Resources { cpu_mhz: 512, memory_mb: 64, ..Resources::default() };
+        let task = start(&spec).await;
+        let group = format!("{}/{}/{}", world.cgroup_parent, spec.alloc_id.as_str(), spec.task);
+        let mounts = std::fs::read_to_string("/proc/self/mounts").expect("readable");
+        let mounts = mounts.lines().filter_map(|line| line.split(' ').nth(1)).filter(|point| point.contains("cgroup"));
+        let mounts: Vec<&str> = mounts.collect();
+        let read = |file: &str| {
+            let text = mounts.iter().find_map(|mount| std::fs::read_to_string(format!("{mount}/{group}/{file}")).ok());
+            text.unwrap_or_default().trim().to_owned()
+        };
+        // cgroup v1 or cgroup2, whichever has the controller.
+        for (files, values) in [
+            (["cpu.shares", "cpu.weight"], ["512", "20"]),
+            (["memory.limit_in_bytes", "memory.max"], ["67108864", "67108864"]),
+            (["pids.max", "pids.max"], ["8192", "8192"]),
+        ] {
+            let found = files.map(read);
+            let told = found.iter().zip(values).any(|(found, value)| found == value);
+            assert!(told, "{files:?} hold {found:?}; notes: {:?}", task.record().notes);
+        }
+        for (file, value) in [("memory.memsw.limit_in_bytes", "67108864"), ("memory.swap.max", "0")] {
+            let found = read(file);
+            assert!(found.is_empty() || found == value, "{file}: {found}");
+        }
+        task.signal(Signal::KILL).expect("delivered");
+        end(&task).await;
+    });
+}
+
+#[test]
 fn a_task_cannot_start_more_processes_than_its_limit() {
     in_world("pids", |world| async move {
         let script = "i=0; while [ $i -lt 40 ]; do sleep 30 & i=$((i+1)); done; echo all started";

@@ -147,9 +147,12 @@ impl TaskCgroup {
             (root.join(name), false)
         };
         fs::create_dir_all(&place).map_err(|error| format!("create {}: {error}", place.display()))?;
-        for (file, value) in knobs(controller, v2, limits) {
+        for Knob { file, value, optional } in knobs(controller, v2, limits) {
             let path = place.join(file);
-            write(&path, &value).map_err(|error| format!("write {value} to {}: {error}", path.display()))?;
+            match write(&path, &value) {
+                Err(error) if optional && error.kind() == io::ErrorKind::NotFound => {}
+                written => written.map_err(|error| format!("write {value} to {}: {error}", path.display()))?,
+            }
         }
         if controller == "memory" {
             self.memory = Some((place.clone(), v2));
@@ -196,19 +199,38 @@ fn enable(root: &Path, name: &Path, controller: &str) -> bool {
     true
 }
 
-/// Files and values of one controller.
-fn knobs(controller: &str, v2: bool, limits: &Resources) -> Vec<(&'static str, String)> {
+/// A file of a group, and what is written there.
+#[derive(Debug, Eq, PartialEq)]
+struct Knob {
+    file: &'static str,
+    value: String,
+    /// Some kernels do not have the file, and nothing is lost then.
+    optional: bool,
+}
+
+/// What one controller is told, in this order.
+fn knobs(controller: &str, v2: bool, limits: &Resources) -> Vec<Knob> {
     let megabytes = |value: u32| (u64::from(value) << 20).to_string();
     let hard = megabytes(limits.memory_max_mb.unwrap_or(0).max(limits.memory_mb));
     let soft = megabytes(limits.memory_mb);
     let shares = u64::from(limits.cpu_mhz).clamp(*SHARES.start(), *SHARES.end());
+    let knob = |file, value| Knob { file, value, optional: false };
+    // Memory that is swapped out is not limited by the others. Without swap accounting the files are not there.
+    let swap = |file, value| Knob { optional: true, ..knob(file, value) };
     match (controller, v2) {
-        ("memory", true) => vec![("memory.max", hard), ("memory.low", soft)],
-        ("memory", false) => vec![("memory.limit_in_bytes", hard), ("memory.soft_limit_in_bytes", soft)],
+        ("memory", true) => {
+            vec![knob("memory.max", hard), swap("memory.swap.max", "0".into()), knob("memory.low", soft)]
+        }
+        // Memory and swap together: never below the limit of memory alone, so it comes after.
+        ("memory", false) => vec![
+            knob("memory.limit_in_bytes", hard.clone()),
+            swap("memory.memsw.limit_in_bytes", hard),
+            knob("memory.soft_limit_in_bytes", soft),
+        ],
         // The kernel's documented mapping of 2…262144 shares to the weights 1…10000.
-        ("cpu", true) => vec![("cpu.weight", (1 + (shares - 2) * 9_999 / 262_142).to_string())],
-        ("cpu", false) => vec![("cpu.shares", shares.to_string())],
-        _ => vec![("pids.max", limits.pids_max.to_string())],
+        ("cpu", true) => vec![knob("cpu.weight", (1 + (shares - 2) * 9_999 / 262_142).to_string())],
+        ("cpu", false) => vec![knob("cpu.shares", shares.to_string())],
+        _ => vec![knob("pids.max", limits.pids_max.to_string())],
     }
 }
 
@@ -335,14 +357,87 @@ mod tests {
         }
     }
 
+    const LIMITS: Resources = Resources { cpu_mhz: 1024, memory_mb: 64, memory_max_mb: Some(128), pids_max: 7 };
+    const NAME: &str = "culvert/alloc/task";
+
     #[test]
     fn limits_are_translated_for_both_versions() {
-        let limits = Resources { cpu_mhz: 1024, memory_mb: 64, memory_max_mb: Some(128), pids_max: 7 };
-        let get = |controller, v2| knobs(controller, v2, &limits)[0].1.clone();
-        assert_eq!((get("memory", true), get("memory", false)), ("134217728".into(), "134217728".into()));
-        assert_eq!((get("cpu", true), get("cpu", false)), ("39".into(), "1024".into()));
-        assert_eq!((get("pids", true), get("pids", false)), ("7".into(), "7".into()));
-        let tiny = Resources { cpu_mhz: 1, ..limits };
-        assert_eq!(knobs("cpu", true, &tiny)[0].1, "1", "the kernel refuses a weight of zero");
+        let get = |controller, v2| -> Vec<(&str, String)> {
+            knobs(controller, v2, &LIMITS).into_iter().map(|knob| (knob.file, knob.value)).collect()
+        };
+        let (soft, hard) = ("67108864".to_owned(), "134217728".to_owned());
+        let v2 = [("memory.max", hard.clone()), ("memory.swap.max", "0".into()), ("memory.low", soft.clone())];
+        assert_eq!(get("memory", true), v2);
+        let v1 = ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.soft_limit_in_bytes"];
+        assert_eq!(get("memory", false), v1.into_iter().zip([hard.clone(), hard, soft]).collect::<Vec<_>>());
+        assert_eq!(get("cpu", true), [("cpu.weight", "39".into())]);
+        assert_eq!(get("cpu", false), [("cpu.shares", "1024".into())]);
+        assert_eq!((get("pids", true), get("pids", false)), (get("pids", false), vec![("pids.max", "7".into())]));
+        let tiny = Resources { cpu_mhz: 1, ..LIMITS };
+        assert_eq!(knobs("cpu", true, &tiny)[0].value, "1", "the kernel refuses a weight of zero");
+    }
+
+    /// Files as a host with `controller` in cgroup2 has them, and `knobs` in the task's group.
+    fn cgroup2(controller: &str, knobs: &[&str]) -> (tempfile::TempDir, Hierarchies) {
+        let root = tempfile::tempdir().expect("a directory");
+        let group = root.path().join(NAME);
+        fs::create_dir_all(&group).expect("made");
+        for place in group.ancestors().skip(1).take_while(|place| place.starts_with(root.path())) {
+            fs::write(place.join("cgroup.controllers"), format!("cpuset {controller}\n")).expect("written");
+            fs::write(place.join("cgroup.subtree_control"), "").expect("written");
+        }
+        for knob in knobs {
+            fs::write(group.join(knob), "").expect("written");
+        }
+        let hierarchies = Hierarchies { v2: root.path().to_owned(), v1: Vec::new() };
+        (root, hierarchies)
+    }
+
+    #[test]
+    fn cgroup2_is_told_of_every_limit_once_the_groups_above_hand_the_controller_down() {
+        for (controller, files) in [
+            ("memory", &[("memory.max", "134217728"), ("memory.swap.max", "0"), ("memory.low", "67108864")][..]),
+            ("cpu", &[("cpu.weight", "39")]),
+            ("pids", &[("pids.max", "7")]),
+        ] {
+            let names: Vec<&str> = files.iter().map(|(name, _)| *name).collect();
+            let (root, hierarchies) = cgroup2(controller, &names);
+            let read = |path: &str| fs::read_to_string(root.path().join(path)).expect("readable");
+            let (group, missing) = TaskCgroup::create(&hierarchies, Path::new(NAME), Some(&LIMITS)).expect("made");
+            for above in ["", "culvert/", "culvert/alloc/"] {
+                assert_eq!(read(&format!("{above}cgroup.subtree_control")), format!("+{controller}"), "{above}");
+            }
+            for (file, value) in files {
+                assert_eq!(read(&format!("{NAME}/{file}")), *value, "{file}");
+            }
+            let told = |other: &str| format!("{other} limit not enforced: the host has no {other} controller");
+            let others = ["memory", "cpu", "pids"].into_iter().filter(|other| *other != controller);
+            assert_eq!(missing, others.map(told).collect::<Vec<_>>());
+            assert_eq!(group.places, [root.path().join(NAME)], "there is one group to join");
+        }
+    }
+
+    #[test]
+    fn a_limit_that_cgroup2_refuses_is_told_and_swap_without_accounting_is_not() {
+        let create = |files: &[&str]| {
+            let (_root, hierarchies) = cgroup2("memory", files);
+            let (_, missing) = TaskCgroup::create(&hierarchies, Path::new(NAME), Some(&LIMITS)).expect("made");
+            missing.into_iter().filter(|sentence| sentence.starts_with("memory")).collect::<Vec<_>>()
+        };
+        assert_eq!(create(&["memory.max", "memory.low"]), [] as [&str; 0]);
+        let refused = create(&["memory.swap.max", "memory.low"]);
+        assert!(refused.len() == 1 && refused[0].contains("/memory.max: No such file"), "{refused:?}");
+    }
+
+    #[test]
+    fn cgroup2_tells_who_was_killed_for_its_memory() {
+        let (root, hierarchies) = cgroup2("memory", &["memory.max", "memory.low"]);
+        let (group, _) = TaskCgroup::create(&hierarchies, Path::new(NAME), Some(&LIMITS)).expect("made");
+        assert!(!group.oom_killed(), "nothing is known");
+        for (count, killed) in [(0, false), (2, true)] {
+            let events = format!("low 0\nhigh 0\nmax 31\noom 1\noom_kill {count}\noom_group_kill 0\n");
+            fs::write(root.path().join(NAME).join("memory.events"), events).expect("written");
+            assert_eq!(group.oom_killed(), killed);
+        }
     }
 }
