@@ -105,7 +105,18 @@ fn a_job_is_planned_run_watched_changed_and_stopped() {
     let world = World::new("job-life");
     let mut node = Node::start(&world, NodeOptions::default());
     let file = node.write_job("life", &job("life", &[chatter("one", 1, "first"), chatter("two", 1, "other")]));
-    assert_eq!(outcome(&node, &["job", "plan", &file]).0, 1, "something would change");
+    let plan = "\
++ Job: \"life\"
++ Task Group: \"one\" (1 create)
+  + Task: \"connect-proxy-one\" (forces create) (sidecar, served by culvert's worker)
+  + Task: \"main\" (forces create)
++ Task Group: \"two\" (1 create)
+  + Task: \"connect-proxy-two\" (forces create) (sidecar, served by culvert's worker)
+  + Task: \"main\" (forces create)
+";
+    let closing = format!("To submit the job run:\n\nculvert job run {file}\n");
+    assert_eq!(outcome(&node, &["job", "plan", &file]), (1, format!("{plan}\n{closing}")));
+    assert_eq!(outcome(&node, &["job", "plan", "-diff=false", "-no-color", &file]), (1, closing));
     let (code, text) = outcome(&node, &["job", "run", &file]);
     assert_eq!(code, 0, "{text}");
     let (code, text) = outcome(&node, &["job", "plan", &file]);

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgAction, Args, Parser, Subcommand};
 
 /// culvert: a service mesh for Linux nodes.
 #[derive(Debug, Parser)]
@@ -197,6 +197,9 @@ pub(super) struct JobFileArgs {
     pub(super) var_file: Vec<PathBuf>,
     #[arg(long, hide = true)]
     pub(super) hcl1: bool,
+    /// Print without colours
+    #[arg(long)]
+    pub(super) no_color: bool,
     /// Job file; - is standard input
     #[arg(value_name = "FILE")]
     pub(super) file: PathBuf,
@@ -209,6 +212,9 @@ pub(super) struct JobPlanArgs {
     /// Print the plan as JSON
     #[arg(long)]
     pub(super) json: bool,
+    /// Print the difference; -diff=false leaves it out
+    #[arg(long, action = ArgAction::Set, num_args = 0..=1, default_value_t = true, overrides_with = "diff")]
+    pub(super) diff: bool,
     #[command(flatten)]
     pub(super) file: JobFileArgs,
 }
@@ -240,6 +246,9 @@ pub(super) struct JobStatusArgs {
     /// Print whole IDs
     #[arg(long)]
     pub(super) verbose: bool,
+    /// Accepted; nothing is coloured
+    #[arg(long, hide = true)]
+    pub(super) no_color: bool,
     /// Job; all of them without it
     pub(super) job: Option<String>,
 }
@@ -254,6 +263,9 @@ pub(super) struct JobStopArgs {
     /// Accepted; nothing is asked anyway
     #[arg(long, hide = true)]
     pub(super) yes: bool,
+    /// Accepted; nothing is coloured
+    #[arg(long, hide = true)]
+    pub(super) no_color: bool,
     /// Job
     pub(super) job: String,
 }
@@ -283,6 +295,9 @@ pub(super) struct JobLogsArgs {
     /// Task, where there are several
     #[arg(long = "task", value_name = "TASK", id = "task_flag")]
     pub(super) task_flag: Option<String>,
+    /// Accepted; nothing is coloured
+    #[arg(long, hide = true)]
+    pub(super) no_color: bool,
     /// Job, or the beginning of an allocation's ID
     #[arg(value_name = "JOB|ALLOCATION")]
     pub(super) target: String,

@@ -10,6 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use culvert_api::client::Client;
 use culvert_api::{AllocationStatus, JobPlan, JobStatus, JobStopped, JobSubmission, JobSubmitted};
 use culvert_jobspec::MAX_SOURCE;
@@ -33,7 +34,55 @@ const ORDINARY_EVENTS: [&str; 3] = ["Received", "Task Setup", "Started"];
 
 const JOBS: &str = "/v1/culvert/jobs";
 
+/// Flags that Nomad's commands of the same names take and culvert does not honour.
+const NOMAD_FLAGS: [&str; 25] = [
+    "all-allocs",
+    "check-index",
+    "consul-namespace",
+    "consul-token",
+    "detach",
+    "eval-priority",
+    "evals",
+    "force-color",
+    "global",
+    "hcl2-strict",
+    "job",
+    "json",
+    "no-shutdown-delay",
+    "output",
+    "policy-override",
+    "preserve-counts",
+    "preserve-resources",
+    "region",
+    "short",
+    "t",
+    "ui",
+    "var-file",
+    "vault-namespace",
+    "vault-token",
+    "verbose",
+];
+
+/// What to say of a flag of Nomad's that clap did not know.
+pub(super) fn refused_flag(error: &clap::Error) -> Option<String> {
+    let (ErrorKind::UnknownArgument, Some(ContextValue::String(flag))) =
+        (error.kind(), error.get(ContextKind::InvalidArg))
+    else {
+        return None;
+    };
+    let name = flag.trim_start_matches('-');
+    let name = name.split_once('=').map_or(name, |(name, _)| name);
+    NOMAD_FLAGS
+        .contains(&name)
+        .then(|| format!("-{name} of Nomad's command is not supported by culvert yet: leave it out"))
+}
+
 pub(super) fn run(command: JobCommand, session: &mut Session<'_>) -> anyhow::Result<u8> {
+    if let JobCommand::Plan(JobPlanArgs { file, .. }) | JobCommand::Run(JobRunArgs { file, .. }) = &command
+        && file.no_color
+    {
+        session.output.without_colour();
+    }
     match command {
         JobCommand::Validate(args) => {
             read_job(&args)?;
@@ -105,13 +154,16 @@ async fn plan(args: &JobPlanArgs, submission: &JobSubmission, session: &mut Sess
     if args.json {
         session.output.json(&plan)?;
     } else {
-        for line in plan.diff.lines() {
-            let painted = paint_diff(line, &session.output);
-            session.output.line(painted)?;
+        if args.diff {
+            for line in plan.diff.lines() {
+                let painted = paint_diff(line, &session.output);
+                session.output.line(painted)?;
+            }
+            session.output.line("")?;
         }
         let next = match plan.changes {
-            true => format!("\nTo submit the job run:\n\nculvert job run {}", submission.file),
-            false => "\nNothing would change.".to_owned(),
+            true => format!("To submit the job run:\n\nculvert job run {}", submission.file),
+            false => "Nothing would change.".to_owned(),
         };
         session.output.line(next)?;
     }

@@ -103,6 +103,7 @@ fn run(args: impl IntoIterator<Item = OsString>, session: &mut Session<'_>, role
     tree.build();
     let args: Vec<OsString> = args.into_iter().collect();
     let (failed, misused) = error_codes(&args);
+    let is_job = args.first().is_some_and(|word| word == "job");
     let args = match rewrite::rewrite(&tree, args) {
         Ok(args) => args,
         Err(error) => {
@@ -114,7 +115,13 @@ fn run(args: impl IntoIterator<Item = OsString>, session: &mut Session<'_>, role
     let parsed = tree.try_get_matches_from(program.chain(args)).and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
         Ok(cli) => cli,
-        Err(error) => return usage(&error, session, misused),
+        Err(error) => {
+            if let Some(refused) = job::refused_flag(&error).filter(|_| is_job) {
+                session.output.error(refused);
+                return misused;
+            }
+            return usage(&error, session, misused);
+        }
     };
     match execute(cli.command, session, roles).and_then(|code| Ok(session.output.flush().map(|()| code)?)) {
         Ok(code) => code,

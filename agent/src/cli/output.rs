@@ -30,6 +30,11 @@ impl<'a> Output<'a> {
         no_color.is_none_or(str::is_empty) && term != Some("dumb") && io::stdout().is_terminal()
     }
 
+    /// No colours from here on.
+    pub(super) fn without_colour(&mut self) {
+        self.colour = false;
+    }
+
     /// One line on standard output.
     pub(super) fn line(&mut self, text: impl fmt::Display) -> io::Result<()> {
         writeln!(self.out, "{text}")

@@ -30,6 +30,8 @@ pub(super) enum RewriteError {
 struct Flag {
     long: String,
     takes_value: bool,
+    /// A boolean that holds unless it is denied: `-diff=false`.
+    by_default: bool,
 }
 
 fn find(command: &Command, name: &str) -> Option<Flag> {
@@ -39,8 +41,9 @@ fn find(command: &Command, name: &str) -> Option<Flag> {
         let long = arg.get_long() == Some(name) || arg.get_all_aliases().is_some_and(|names| names.contains(&name));
         long || matches!(short, (Some(letter), None) if arg.get_short() == Some(letter))
     })?;
-    let takes_value = matches!(arg.get_action(), ArgAction::Set | ArgAction::Append);
-    arg.get_long().map(|long| Flag { long: long.to_owned(), takes_value })
+    let by_default = arg.get_num_args().is_some_and(|values| values.min_values() == 0 && values.takes_values());
+    let takes_value = matches!(arg.get_action(), ArgAction::Set | ArgAction::Append) && !by_default;
+    arg.get_long().map(|long| Flag { long: long.to_owned(), takes_value, by_default })
 }
 
 /// Splits `-name=value`; `None` for anything that is no flag.
@@ -105,7 +108,9 @@ pub(super) fn rewrite(
                     })?,
                 };
                 out.retain(|earlier| *earlier != long); // the last one wins
-                if set {
+                if flag.by_default {
+                    out.push(joined(&flag.long, OsStr::new(if set { "true" } else { "false" })));
+                } else if set {
                     out.push(long);
                 }
             }
