@@ -13,7 +13,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::report::chain;
 
-use super::backoff::{Failed, next_pause};
+use super::backoff::{Failed, next_pause, vacancy};
 use super::process::{self, Worker};
 use super::sockets::Sockets;
 use super::{Command, Surroundings, WorkerSettings, WorkerView};
@@ -129,7 +129,7 @@ impl Supervisor {
                 }
                 Ended::WorkerGone => worker.end().await,
             }
-            pause = next_pause(pause, started.elapsed());
+            pause = vacancy(pause, started.elapsed());
             let at_once = starts == 1; // the first end is answered at once: backlogs are waiting
             warn!(?pause, "the worker ended; starting another");
             if !at_once && self.wait(pause).await.is_break() {
