@@ -169,17 +169,22 @@ fn a_job_is_planned_run_watched_changed_and_stopped() {
 #[test]
 fn a_task_sees_what_its_job_file_says_and_is_reached_at_its_port() {
     let world = World::new("job-words");
-    let mut node = Node::start(&world, NodeOptions::default());
+    let settings = "node_meta { rack = \"r7\" power-feed = \"B\" }".to_owned();
+    let mut node = Node::start(&world, NodeOptions { settings, ..NodeOptions::default() });
     let more = r#"
       env {
         X     = "from env"
         AGAIN = "${env["X"]} again"
         ADDR  = "${NOMAD_ADDR_http}"
+        NODE  = "${node.unique.name}|${node.unique.id}|${node.datacenter}"
+        ATTR  = "${attr.kernel.name}|${attr.cpu.arch}|${attr.unique.hostname}|${attr.culvert.version}"
+        META  = "${meta.rack}|${meta["power-feed"]}|${NOMAD_META_color}|${meta.nobody}"
       }
       meta { color = "blue" }"#;
     let script = r#"
       echo "$AGAIN|$NOMAD_META_color|$NOMAD_META_COLOR|$NOMAD_GROUP_NAME|$NOMAD_TASK_NAME|$NOMAD_JOB_NAME|$NOMAD_ALLOC_INDEX"
       echo "$NOMAD_ALLOC_ID|$NOMAD_HOST_PORT_http|$NOMAD_PORT_http|$NOMAD_UPSTREAM_ADDR_other|$ADDR"
+      echo "$NODE"; echo "$ATTR"; echo "$META"
       exec perl -MIO::Socket::INET -e '
         my $listener = IO::Socket::INET->new(LocalPort => $ENV{NOMAD_PORT_http}, Listen => 5, ReuseAddr => 1) or die;
         while (my $caller = $listener->accept) { print $caller scalar <$caller>; }'"#;
@@ -192,21 +197,32 @@ fn a_task_sees_what_its_job_file_says_and_is_reached_at_its_port() {
         );
         shell(name, driver, more, script).replace(mesh, "").replace("task \"main\"", &extra)
     };
-    node.run_job("words", &job("words", &[group("plain", "raw_exec"), group("boxed", "exec")]));
+    let tagged = |group: String| group.replacen("port = \"http\"", "port = \"http\"\n tags = [\"in-${meta.rack}\"]", 1);
+    node.run_job("words", &job("words", &[tagged(group("plain", "raw_exec")), group("boxed", "exec")]));
+    assert_eq!(node.api("/v1/catalog/service/plain")[0]["ServiceTags"], serde_json::json!(["in-r7"]));
+    let config = node.api("/v1/agent/self")["Config"].clone();
+    let own = |field: &str| config[field].as_str().unwrap_or_else(|| panic!("{field} in {config}")).to_owned();
+    let (name, version, arch) = (own("NodeName"), env!("CARGO_PKG_VERSION"), std::env::consts::ARCH);
+    let about_the_node = [
+        format!("{name}|{}|{}", own("NodeID"), own("Datacenter")),
+        format!("linux|{arch}|{name}|{version}"),
+        "r7|B|blue|${meta.nobody}".to_owned(),
+    ];
     for name in ["plain", "boxed"] {
         let allocation = node.allocation("words", name);
         let id = allocation["ID"].as_str().expect("an ID");
         let (host, inside) = (&allocation["Ports"]["http"][0], &allocation["Ports"]["http"][1]);
         let mut log = String::new();
-        eventually("two lines", || {
+        eventually("all its lines", || {
             log = node.culvert(&["job", "logs", id]);
-            log.lines().count() == 2
+            log.lines().count() == 5
         });
         let lines: Vec<&str> = log.lines().collect();
         assert_eq!(lines[0], format!("from env again|blue|blue|{name}|main|words|0"));
         let address = lines[1].rsplit('|').next().unwrap_or_default();
         assert_eq!(lines[1], format!("{id}|{host}|{inside}|127.0.0.1:7070|{address}"));
         assert!(address.ends_with(&format!(":{host}")), "{address}");
+        assert_eq!(lines[2..], about_the_node);
         let port = host.as_u64().and_then(|port| u16::try_from(port).ok()).expect("a port");
         let mut answer = String::new();
         eventually("the port answers", || {
