@@ -8,6 +8,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use culvert_tests::{
     API, App, Apps, Node, NodeOptions, Pair, Server, World, echo, eventually, is_direct, put, service, upstream,
@@ -181,6 +182,55 @@ fn denied_connections_end_on_the_proxied_path() {
 fn denied_connections_end_without_ebpf() {
     let options = NodeOptions { ebpf: false, encryption: "between-nodes", ..NodeOptions::default() };
     denied_connections_end("revoke-no-ebpf", options, false);
+}
+
+/// How often somebody is denied to see how soon it is felt.
+const DENIES: usize = 11;
+/// What is promised of one in a hundred (README.md, "How fast"); the bench measures that.
+const LIVE_ENDS_WITHIN: Duration = Duration::from_millis(500);
+const NEW_REFUSED_WITHIN: Duration = Duration::from_millis(100);
+
+/// A live connection's end, and the beginning of the first attempt that was refused, both since the deny was answered.
+fn felt_after(node: &Node, pair: &Pair, direct: bool) -> (Duration, Duration) {
+    let mut live = open(&pair.caller, upstream(), direct);
+    let end = thread::spawn(move || {
+        assert_cut("a live connection", &live.read_exact(&mut [0]).expect_err("nobody sent anything"));
+        Instant::now()
+    });
+    node.culvert(&["intention", "create", "-replace", "-deny", "caller", "called"]);
+    let answered = Instant::now();
+    let mut refused = answered;
+    eventually("a new connection is refused", || {
+        refused = Instant::now();
+        pair.caller.greeted(upstream()).is_err()
+    });
+    let ended = end.join().expect("cut");
+    node.culvert(&["intention", "create", "-replace", "-allow", "caller", "called"]);
+    (ended.saturating_duration_since(answered), refused - answered)
+}
+
+/// The promise is a time. Medians keep to it on a machine that others keep busy for a moment; what waits for a timer, or is
+/// looked for every second, shows in them.
+#[test]
+fn a_deny_is_felt_in_time_on_both_paths() {
+    let world = World::new("revoke-soon");
+    let node = Node::start(&world, NodeOptions::default());
+    let apps = Apps::join(&world);
+    let pair = node.run_pair("");
+    let server = pair.called.serve(&service());
+    for (encryption, direct) in [("always", false), ("between-nodes", true)] {
+        node.encrypt(encryption);
+        let felt: Vec<_> = (0..DENIES).map(|_| felt_after(&node, &pair, direct)).collect();
+        let median = |of: fn(&(Duration, Duration)) -> Duration| {
+            let mut times: Vec<_> = felt.iter().map(of).collect();
+            times.sort();
+            times[DENIES / 2]
+        };
+        assert!(median(|felt| felt.0) < LIVE_ENDS_WITHIN, "direct: {direct}, {felt:?}");
+        assert!(median(|felt| felt.1) < NEW_REFUSED_WITHIN, "direct: {direct}, {felt:?}");
+    }
+    drop((server, apps));
+    node.leave();
 }
 
 /// Whoever deregisters a service does not stop it: its application runs on, and so do its connections.
