@@ -214,7 +214,7 @@ fn felt_after(node: &Node, pair: &Pair, direct: bool) -> (Duration, Duration) {
 #[test]
 fn a_deny_is_felt_in_time_on_both_paths() {
     let world = World::new("revoke-soon");
-    let node = Node::start(&world, NodeOptions::default());
+    let mut node = Node::start(&world, NodeOptions::default());
     let apps = Apps::join(&world);
     let pair = node.run_pair("");
     let server = pair.called.serve(&service());
