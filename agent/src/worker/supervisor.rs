@@ -456,19 +456,22 @@ impl Supervisor {
         }
     }
 
+    /// Hears a worker that drains to its end.
+    async fn drained(&self, worker: &Worker) {
+        loop {
+            match worker.control.recv::<ToAgent>().await {
+                Ok(Some((message, _))) => self.hear(message),
+                Ok(None) | Err(ReceiveError::Socket(_)) => return,
+                // What one of another version says is no reason to cut its connections off.
+                Err(error) => debug!(%error, "the worker said what is not understood; left out"),
+            }
+        }
+    }
+
     async fn shut_down(&mut self, worker: Worker, deadline: Duration, done: oneshot::Sender<()>) {
         let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
         if self.send(&worker, &ToWorker::Drain { deadline_ms }, &[]).await.is_ok() {
-            let drained = async {
-                loop {
-                    match worker.control.recv::<ToAgent>().await {
-                        Ok(Some((message, _))) => self.hear(message),
-                        Ok(None) | Err(ReceiveError::Socket(_)) => break,
-                        Err(error) => debug!(%error, "the worker said what is not understood while it drained"),
-                    }
-                }
-            };
-            if timeout(deadline, drained).await.is_err() {
+            if timeout(deadline, self.drained(&worker)).await.is_err() {
                 info!("the worker did not drain in time");
             }
         }

@@ -47,6 +47,18 @@ async fn a_worker_that_says_something_unknown_is_served_on() {
     }
 }
 
+#[tokio::test]
+async fn a_worker_that_says_something_unknown_is_drained_to_its_end() {
+    let (control, other_end) = ControlSocket::pair().expect("socketpair");
+    let (_handle, supervisor) = supervisor();
+    let worker = Worker::at(control).expect("a process");
+    let mut drained = std::pin::pin!(supervisor.drained(&worker));
+    rustix::net::send(&other_end, br#"{"NewsOfTomorrow":{}}"#, rustix::net::SendFlags::empty()).expect("sent");
+    assert!(timeout(FIRST_PAUSE, &mut drained).await.is_err(), "it has not ended");
+    drop(other_end);
+    timeout(STUCK, drained).await.expect("it has ended");
+}
+
 /// Has `proxy` served by the worker at the other end of the control socket.
 fn served(proxy: &str) -> Command {
     let (proxy, service, upstreams) = (proxy.to_owned(), "web".to_owned(), Vec::new());
