@@ -1,40 +1,61 @@
 //! Words that culvert has not, and words that nobody has.
 
-use crate::{GOOD, case, marks, refuse};
+use std::collections::BTreeMap;
 
-#[test]
-fn what_nomad_knows_and_culvert_has_not_is_refused_by_name() {
-    let unsupported = |name: &str, block: &str| format!("\"{name}\" in \"{block}\" is not supported by culvert yet");
-    for (anchor, block, names) in [
-        ("  group \"web\" {", "job", &["update", "constraint", "reschedule", "periodic", "vault", "spread"][..]),
-        ("    network {", "group", &["volume", "ephemeral_disk", "scaling", "constraint", "disconnect"]),
-        ("      mode = \"bridge\"", "network", &["dns", "cni"]),
-        ("      check {", "service", &["check_restart", "weights"]),
-        ("        type     = \"http\"", "check", &["check_restart"]),
-        ("        sidecar_service {", "connect", &["gateway", "sidecar_task"]),
-        ("            upstreams {", "proxy", &["expose", "transparent_proxy"]),
-        ("              destination_name = \"api\"", "upstreams", &["mesh_gateway"]),
-        ("      config {", "task", &["artifact", "template", "volume_mount", "vault", "lifecycle", "identity"]),
-    ] {
-        for name in names {
-            case(anchor, &format!("{name} {{\n}}\n{anchor}"), &unsupported(name, block), name);
+use culvert_jobspec::{Diagnostics, Job, parse};
+
+use crate::{GOOD, marks, refuse};
+
+const WORDS: &str = include_str!("../jobs/words.txt");
+const LEAST: &str = include_str!("../jobs/words.nomad.hcl");
+
+fn read(source: &str) -> Result<Job, Diagnostics> {
+    parse(source, "words.nomad.hcl", &BTreeMap::new())
+}
+
+/// Why `text` in `block` is neither honoured nor refused by name at its place.
+fn complaint(least: &Job, block: &str, text: &str) -> Option<String> {
+    let word = text.split(' ').next().unwrap_or_default();
+    let stands = |line: &str| line.trim_start().split([' ', '"']).next() == Some(word);
+    if text == word {
+        return (!LEAST.lines().any(stands)).then(|| "it does not stand in the least job".to_owned());
+    }
+    let place = format!("# {block}\n");
+    assert!(LEAST.contains(&place), "the least job has no {place}");
+    match read(&LEAST.replacen(&place, &format!("{text}\n"), 1)) {
+        Ok(job) => (job == *least).then(|| "it is read, and changes nothing".to_owned()),
+        Err(errors) => {
+            let [error] = errors.errors() else { return Some(errors.to_string()) };
+            let line = error.location.as_ref().map(|location| location.text.trim());
+            let named = text.split(|c: char| !c.is_alphanumeric() && c != '_').any(|name| error.message.contains(name));
+            let refused = error.message.ends_with("is not supported by culvert yet") && named && line == Some(text);
+            (!refused).then(|| errors.to_string())
         }
     }
-    for (anchor, block, names) in [
-        ("  group \"web\" {", "job", &["node_pool", "all_at_once", "id"][..]),
-        ("    network {", "group", &["shutdown_delay", "stop_after_client_disconnect"]),
-        ("      mode = \"bridge\"", "network", &["hostname"]),
-        ("        static = 9002", "port", &["host_network", "ignore_collision"]),
-        ("      name = \"web\"", "service", &["canary_tags", "on_update", "tagged_addresses"]),
-        ("        type     = \"http\"", "check", &["expose", "tls_skip_verify", "grpc_service", "command"]),
-        ("        sidecar_service {", "connect", &["native"]),
-        ("              destination_name = \"api\"", "upstreams", &["datacenter", "destination_peer"]),
-        ("      driver = \"exec\"", "task", &["leader", "shutdown_delay"]),
-        ("        command = \"/bin/serve\"", "config", &["work_dir", "cap_add", "pid_mode"]),
+}
+
+#[test]
+fn what_nomad_knows_is_honoured_or_refused_by_name() {
+    let least = read(LEAST).unwrap_or_else(|errors| panic!("{errors}"));
+    let lines = WORDS.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let words: Vec<(&str, &str)> = lines.map(|line| line.split_once(' ').expect("a block and a word")).collect();
+    assert!(words.len() > 150, "the list is read: {}", words.len());
+    let complaints = words.into_iter().filter_map(|(block, text)| {
+        complaint(&least, block, text).map(|complaint| format!("{block} {text}: {complaint}\n"))
+    });
+    let complaints: String = complaints.collect();
+    assert!(complaints.is_empty(), "{complaints}");
+}
+
+#[test]
+fn a_word_is_refused_with_the_block_it_stands_in() {
+    for (block, text, message) in [
+        ("job", "update {}", "\"update\" in \"job\" is not supported by culvert yet"),
+        ("check", "grpc_service = 1", "\"grpc_service\" in \"check\" is not supported by culvert yet"),
     ] {
-        for name in names {
-            case(anchor, &format!("{name} = 1\n{anchor}"), &unsupported(name, block), name);
-        }
+        let errors = read(&LEAST.replacen(&format!("# {block}\n"), &format!("{text}\n"), 1)).expect_err("refused");
+        let word = text.split(' ').next().unwrap_or_default();
+        assert_eq!(marks(&errors), [(message.to_owned(), word.to_owned())]);
     }
 }
 
