@@ -470,10 +470,9 @@ impl Supervisor {
 
     async fn shut_down(&mut self, worker: Worker, deadline: Duration, done: oneshot::Sender<()>) {
         let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
-        if self.send(&worker, &ToWorker::Drain { deadline_ms }, &[]).await.is_ok() {
-            if timeout(deadline, self.drained(&worker)).await.is_err() {
-                info!("the worker did not drain in time");
-            }
+        let told = self.send(&worker, &ToWorker::Drain { deadline_ms }, &[]).await;
+        if told.is_ok() && timeout(deadline, self.drained(&worker)).await.is_err() {
+            info!("the worker did not drain in time");
         }
         worker.end().await;
         process::forget(&self.settings.data_dir);
