@@ -188,6 +188,9 @@ fn services_take_what_a_mesh_needs() {
         serde_json::to_string(&proxy.upstreams[0].config).expect("json"),
         r#"{"connect_timeout_ms":500,"limits":{"max_connections":10}}"#
     );
+    let block = "limits {\n max_connections = 10\n }";
+    let with_block = self::job(&source.replace("limits = { max_connections = 10 }", block));
+    assert_eq!(with_block.groups, job.groups, "a map may be a block");
 }
 
 #[test]

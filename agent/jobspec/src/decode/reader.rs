@@ -257,9 +257,17 @@ impl<'a> Reader<'a> {
                         Ok(value) => entries.push((attribute.key.to_string(), value, attribute.value.span())),
                         Err(problem) => self.session.report(problem),
                     },
+                    // `limits { … }` is `limits = { … }`, once and no deeper.
                     Structure::Block(inner) => {
-                        let message = format!("\"{name}\" holds only key = value");
-                        self.report(inner.ident.span(), message, None);
+                        let key = inner.ident.as_str();
+                        if block.body.get_blocks(key).count() > 1 || block.body.has_attribute(key) {
+                            self.report(
+                                inner.ident.span(),
+                                format!("only one \"{key}\" is allowed in \"{name}\""),
+                                None,
+                            );
+                        }
+                        entries.push((key.to_owned(), self.flat(inner), header(inner)));
                     }
                 }
             }
@@ -270,6 +278,25 @@ impl<'a> Reader<'a> {
             entries.truncate(MAX_ENTRIES);
         }
         entries
+    }
+
+    /// A block without label and blocks, as a map.
+    fn flat(&self, block: &Block) -> Value {
+        let name = block.ident.as_str();
+        if let Some(label) = block.labels.first() {
+            self.report(label.span(), format!("\"{name}\" takes no label"), None);
+        }
+        for inner in block.body.blocks() {
+            self.report(inner.ident.span(), format!("\"{name}\" holds only key = value"), None);
+        }
+        let evaluate = |attribute: &Attribute| match self.scope.evaluate(&attribute.value) {
+            Ok(value) => Some((attribute.key.to_string(), value)),
+            Err(problem) => {
+                self.session.report(problem);
+                None
+            }
+        };
+        Value::Map(block.body.attributes().filter_map(evaluate).collect())
     }
 
     /// The only block `name`; it takes no label.

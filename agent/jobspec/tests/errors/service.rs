@@ -1,6 +1,6 @@
 //! Services, their sidecars and checks.
 
-use crate::{GOOD, case};
+use crate::{GOOD, case, refuse};
 
 #[test]
 fn services_use_nomads_words() {
@@ -182,4 +182,27 @@ fn checks_use_nomads_words() {
     );
     let check = &GOOD[GOOD.find("      check").expect("check")..GOOD.find("      connect").expect("connect")];
     case("      connect", &format!("{check}      connect"), &format!("check {name:?} is duplicate"), "check");
+}
+
+#[test]
+fn a_block_in_a_free_map_stands_once_and_holds_no_other() {
+    let with = |config: &str, message: &str, marked: &str| {
+        let anchor = "destination_name = \"api\"";
+        case(anchor, &format!("{anchor}\n config {{\n {config}\n }}"), message, marked);
+    };
+    let limits = "limits {\n max_connections = 1\n }";
+    for other in [limits, "limits = { max_connections = 2 }"] {
+        let errors =
+            refuse(&GOOD.replace("upstreams {", &format!("upstreams {{\n config {{\n {other}\n {limits}\n }}")));
+        assert!(
+            errors.errors().iter().all(|error| error.message == "only one \"limits\" is allowed in \"config\""),
+            "{errors}"
+        );
+    }
+    with("limits \"x\" {\n max_connections = 1\n }", "\"limits\" takes no label", "\"x\"");
+    with("limits {\n deep {\n }\n }", "\"limits\" holds only key = value", "deep");
+    let words = "config \"max_pending_requests\" is not supported by culvert yet";
+    with("limits {\n max_pending_requests = 1\n }", words, "limits");
+    let env = "env {\n K {\n }\n }\n      driver";
+    case("      driver", env, "\"K\" in \"env\" must be a string, this is a map", "K");
 }
