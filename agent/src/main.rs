@@ -3,13 +3,12 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::OsString;
-use std::io::IsTerminal as _;
 use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 
 use culvert_agent::cli::{self, AgentArgs, Roles};
 use culvert_agent::{config, node, task};
-use tracing_subscriber::EnvFilter;
+use culvert_proxy::log;
 
 fn main() -> ExitCode {
     // Executors of tasks, and what they start, are this same binary; they must not see a runtime or a thread.
@@ -21,12 +20,12 @@ fn main() -> ExitCode {
 
 fn agent(args: AgentArgs) -> anyhow::Result<()> {
     let settings = config::load(&args)?;
-    log(settings.log_level.as_str());
+    log::to_stderr(settings.log_level.as_str());
     node::run(settings, Box::new(move || Ok(config::load(&args)?)))
 }
 
 fn worker(_: Vec<OsString>) -> ExitCode {
-    log(&std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()));
+    log::to_stderr(&std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()));
     let control = std::io::stdin().as_fd().try_clone_to_owned();
     match control.map_err(anyhow::Error::from).and_then(culvert_proxy::worker::run) {
         Ok(()) => ExitCode::SUCCESS,
@@ -35,11 +34,4 @@ fn worker(_: Vec<OsString>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Logs to standard error; `filter` is in the form of `RUST_LOG`.
-fn log(filter: &str) {
-    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
-    let ansi = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
 }

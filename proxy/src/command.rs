@@ -5,10 +5,9 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use tracing_subscriber::EnvFilter;
 
 use crate::bootstrap::{Bootstrap, Command, HELP};
-use crate::sidecar;
+use crate::{log, sidecar};
 
 /// Does what `args` (without the program's name) say, until it is done or told to end.
 #[must_use]
@@ -25,26 +24,21 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn dispatch(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<()> {
     match Command::parse(args) {
         Ok(Command::Serve(args)) => {
-            log(args.log_level.as_filter());
+            log::to_stderr(args.log_level.as_filter());
             sidecar::run(&args)
         }
         Ok(Command::Validate(args)) => {
-            log("info");
+            log::to_stderr("info");
             Bootstrap::read(&args.config_path)?;
             print(&format!("configuration '{}' OK\n", args.config_path.display()))
         }
         Ok(Command::Version) => print(&format!("culvert-proxy {}\n", env!("CARGO_PKG_VERSION"))),
         Ok(Command::Help) => print(HELP),
         Err(error) => {
-            log("info");
+            log::to_stderr("info");
             Err(error.into())
         }
     }
-}
-
-fn log(filter: &str) {
-    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 }
 
 fn print(text: &str) -> anyhow::Result<()> {

@@ -16,6 +16,7 @@ pub mod config;
 pub mod events;
 pub mod handoff;
 mod l4;
+pub mod log;
 pub mod metrics;
 pub mod proxy;
 pub mod rbac;

@@ -9,15 +9,13 @@ use std::os::fd::AsFd;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use culvert_proxy::{command, worker};
-use tracing_subscriber::EnvFilter;
+use culvert_proxy::{command, log, worker};
 
 fn main() -> ExitCode {
     if std::env::args_os().nth(1).as_deref() != Some(OsStr::new("worker")) {
         return command::run(std::env::args_os().skip(1));
     }
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    log::to_stderr(&std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()));
     match run_worker() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -2,13 +2,16 @@
 //! and what to do. What a predecessor left unfinished goes.
 
 use std::fs;
+use std::io::{PipeWriter, Read as _, Write as _};
 use std::os::unix::fs::chown;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use culvert_tests::{DATA_DIR, Node, NodeOptions, Process, World, binary, eventually};
+use culvert_tests::{API, DATA_DIR, Node, NodeOptions, Process, World, binary, eventually, get};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 
 /// Below it are the data directories of this test.
 const FOLDER: &str = "/run/start";
@@ -211,4 +214,49 @@ fn an_agent_of_another_network_namespace_does_not_touch_what_runs_here() {
     assert_eq!(node.people(), people, "taken over");
     node.leave();
     world.assert_nothing_left(&people);
+}
+
+/// The agent and its worker with standard error at `log`: they start, and end when they are told to.
+fn logs_to(world: &World, log: PipeWriter) {
+    let mut command = Command::new(binary("culvert"));
+    command.args(["agent", "-dev", "-cgroup-parent", &world.cgroup_parent()]).stdin(Stdio::null());
+    let mut agent = command.stdout(Stdio::null()).stderr(log).spawn().expect("start the agent");
+    let mut worker = None;
+    eventually("the worker runs", || {
+        assert!(agent.try_wait().expect("look after the agent").is_none(), "the agent ended");
+        let status = get(API, "/v1/culvert/status").unwrap_or_default();
+        let status: Value = serde_json::from_str(&status).unwrap_or_default();
+        worker = status["Worker"]["Pid"].as_i64().and_then(|pid| Process::of(pid.try_into().ok()?));
+        worker.is_some()
+    });
+    kill(Pid::from_raw(agent.id().try_into().expect("a pid")), Signal::SIGTERM).expect("tell it to end");
+    let mut status = None;
+    eventually("the agent ends", || {
+        status = agent.try_wait().expect("look after the agent");
+        status.is_some()
+    });
+    assert!(status.is_some_and(|status| status.success()), "{status:?}");
+    world.assert_nothing_left(&worker.into_iter().collect::<Vec<_>>());
+}
+
+/// A log collector that ends or hangs, a terminal that is closed.
+#[test]
+fn an_agent_whose_log_nobody_reads_any_more_goes_on_and_ends_in_order() {
+    let world = World::new("log");
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    logs_to(&world, writer);
+
+    let (mut reader, mut writer) = std::io::pipe().expect("a pipe");
+    let flags = OFlag::from_bits_retain(fcntl(&writer, FcntlArg::F_GETFL).expect("flags"));
+    fcntl(&writer, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).expect("set");
+    let mut full = 0;
+    while let Ok(written) = writer.write(&[b'.'; 4096]) {
+        full += written;
+    }
+    fcntl(&writer, FcntlArg::F_SETFL(flags)).expect("set");
+    logs_to(&world, writer);
+    let mut said = Vec::new();
+    reader.read_to_end(&mut said).expect("what was said");
+    assert_eq!(said.len(), full, "there was no room");
 }
