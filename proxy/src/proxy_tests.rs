@@ -26,6 +26,8 @@ use crate::threads::DataThreads;
 mod certificates;
 #[path = "proxy_tests/changes.rs"]
 mod changes;
+#[path = "proxy_tests/silence.rs"]
+mod silence;
 
 /// Generous: the machine may be busy. Nothing waits this long unless something hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
