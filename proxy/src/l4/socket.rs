@@ -71,6 +71,8 @@ mod tests {
         let socket = SockRef::from(&server);
         assert!(socket.tcp_nodelay().expect("nodelay") && socket.keepalive().expect("keepalive"));
         assert_eq!(socket.tcp_keepalive_time().expect("time"), KEEPALIVE_IDLE);
+        assert_eq!(socket.tcp_keepalive_interval().expect("interval"), KEEPALIVE_INTERVAL);
+        assert_eq!(socket.tcp_keepalive_retries().expect("retries"), KEEPALIVE_PROBES);
         assert_eq!(socket.linger().expect("linger"), Some(Duration::ZERO));
         drop(server);
         assert_eq!(client.read(&mut [0]).expect_err("reset").kind(), ErrorKind::ConnectionReset);
