@@ -37,6 +37,33 @@ fn application_ports_are_guarded_without_ebpf_and_direct_connections_pass_when_i
 }
 
 #[test]
+fn a_node_that_cannot_use_ebpf_says_why_and_takes_the_proxied_path() {
+    let world = World::new("ebpf-cannot");
+    world.run("mount", &["-o", "remount,ro", "/sys/fs/bpf"]);
+    let mut node = Node::start(&world, NodeOptions { encryption: "between-nodes", ..NodeOptions::default() });
+    let reason = "mount the BPF file system: Read-only file system";
+    let log = node.log();
+    let told = log.lines().find(|line| line.contains("no eBPF: every mesh connection takes the proxied path"));
+    assert!(told.is_some_and(|line| line.contains(reason)), "{log}");
+    let status = node.culvert(&["status"]);
+    assert!(status.contains(reason), "{status}");
+
+    let pair = node.run_pair("");
+    let apps = Apps::join(&world);
+    let called = pair.called.serve(&["[::]:9001".parse().expect("an address")]);
+    for to in [upstream(), upstream6()] {
+        eventually("a proxied connection", || pair.caller.greeted(to).is_ok_and(|stream| !is_direct(&stream)));
+    }
+    let mut held = pair.caller.greeted(upstream()).expect("as before");
+    only_the_mesh_reaches_it(&pair);
+    node.culvert(&["intention", "create", "-deny", "caller", "called"]);
+    eventually("a denied connection ends", || echo(&mut held, b"denied").is_err());
+    eventually("new ones are refused", || pair.caller.greeted(upstream()).is_err());
+    drop((called, pair, apps));
+    node.leave();
+}
+
+#[test]
 fn a_deny_ends_direct_connections_of_before_ebpf_was_turned_off() {
     let world = World::new("ebpf-off");
     let allow = "default_intention_policy = \"allow\"\n";
