@@ -6,7 +6,7 @@
 #![expect(clippy::print_stdout, reason = "the seed and the rounds are what a failing test is repeated by")]
 
 use std::io::{self, Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use culvert_tests::{
     App, Apps, GREETING, Node, NodeOptions, Pair, Sniffer, World, binary, calls, echo, eventually, group, is_direct,
-    service, upstream,
+    service, upstream, upstream6,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -86,8 +86,13 @@ impl Shared {
     }
 }
 
-fn short(app: &App) -> io::Result<bool> {
-    let mut stream = app.greeted(upstream())?;
+/// Both ways to the called service, in turns.
+fn ways() -> impl Iterator<Item = SocketAddr> {
+    [upstream(), upstream6()].into_iter().cycle()
+}
+
+fn short(app: &App, to: SocketAddr) -> io::Result<bool> {
+    let mut stream = app.greeted(to)?;
     echo(&mut stream, b"caller")?;
     Ok(is_direct(&stream))
 }
@@ -95,12 +100,12 @@ fn short(app: &App) -> io::Result<bool> {
 /// Short connections, one after the other. `proxied` says that the worker carries them, and that they end with it.
 fn short_ones(app: &App, proxied: bool, shared: &Shared) {
     let mut kills_before = 0;
-    while shared.goes_on() {
+    for to in ways().take_while(|_| shared.goes_on()) {
         let kills = shared.worker_kills.load(SeqCst);
-        match short(app) {
+        match short(app, to) {
             Ok(direct) => {
                 if direct == proxied {
-                    shared.violation(format!("a connection took the other path; direct: {direct}"));
+                    shared.violation(format!("a connection to {to} took the other path; direct: {direct}"));
                 }
                 kills_before = kills;
                 shared.successes.fetch_add(1, SeqCst);
@@ -108,7 +113,7 @@ fn short_ones(app: &App, proxied: bool, shared: &Shared) {
             Err(error) => {
                 shared.failures.fetch_add(1, SeqCst);
                 if !proxied || shared.worker_kills.load(SeqCst) == kills_before {
-                    shared.violation(format!("a short connection failed: {error}"));
+                    shared.violation(format!("a short connection to {to} failed: {error}"));
                 }
             }
         }
@@ -117,14 +122,14 @@ fn short_ones(app: &App, proxied: bool, shared: &Shared) {
 }
 
 /// A connection that is never closed: numbered echoes of 4 KiB. A proxied one ends with its worker, and only so.
-fn lasting_one(app: &App, proxied: bool, shared: &Shared) {
+fn lasting_one(app: &App, to: SocketAddr, proxied: bool, shared: &Shared) {
     let mut kills_before = 0;
     while shared.goes_on() {
-        let Err(error) = app.greeted(upstream()).and_then(|stream| keep(stream, &mut kills_before, shared)) else {
+        let Err(error) = app.greeted(to).and_then(|stream| keep(stream, &mut kills_before, shared)) else {
             continue;
         };
         if !proxied || shared.worker_kills.load(SeqCst) == kills_before {
-            shared.violation(format!("the lasting connection ended: {error}"));
+            shared.violation(format!("the lasting connection to {to} ended: {error}"));
         }
         thread::sleep(Duration::from_millis(50));
     }
@@ -145,8 +150,8 @@ fn keep(mut stream: TcpStream, kills_before: &mut usize, shared: &Shared) -> io:
 
 /// Somebody who is denied tries without end, and talks without being asked.
 fn stranger(app: &App, shared: &Shared) {
-    while shared.goes_on() {
-        if let Ok(mut stream) = app.connect(upstream()) {
+    for to in ways().take_while(|_| shared.goes_on()) {
+        if let Ok(mut stream) = app.connect(to) {
             drop(stream.write_all(TOKEN));
             if matches!(stream.read(&mut [0; 1]), Ok(1)) {
                 shared.violation("a denied connection was greeted".to_owned());
@@ -246,7 +251,10 @@ fn under_attack(node: &mut Node, pair: &Pair, proxied: bool) -> Shared {
     thread::scope(|scope| {
         let stop = StopOnDrop(&shared);
         scope.spawn(|| short_ones(&pair.caller, proxied, &shared));
-        scope.spawn(|| lasting_one(&pair.caller, proxied, &shared));
+        for to in ways().take(2) {
+            let shared = &shared;
+            scope.spawn(move || lasting_one(&pair.caller, to, proxied, shared));
+        }
         scope.spawn(|| stranger(&pair.stranger, &shared));
         let mut attack = Attack { node, shared: &shared, random, jobs: 0 };
         attack.more("short connections", &shared.successes, 1);
@@ -275,9 +283,11 @@ fn chaos(name: &str, encryption: &'static str) {
     node.culvert(&["intention", "create", "-allow", "caller", "called"]);
     node.culvert(&["intention", "create", "-deny", "stranger", "called"]);
     let server = pair.called.serve(&service());
-    eventually("the path is there", || short(&pair.caller).is_ok_and(|direct| direct != proxied));
-    let addresses = [pair.called.v4.into(), pair.called.v6.into()];
-    let sniffer = Sniffer::start(&addresses, &[MARKER, GREETING, TOKEN]).expect("a packet socket");
+    for to in ways().take(2) {
+        eventually("the path is there", || short(&pair.caller, to).is_ok_and(|direct| direct != proxied));
+    }
+    let sniffers = [pair.called.v4.into(), pair.called.v6.into()]
+        .map(|address| Sniffer::start(&[address], &[MARKER, GREETING, TOKEN]).expect("a packet socket"));
 
     let shared = under_attack(&mut node, &pair, proxied);
 
@@ -285,20 +295,23 @@ fn chaos(name: &str, encryption: &'static str) {
     let (successes, failures) = (shared.successes.into_inner(), shared.failures.into_inner());
     println!("{successes} connections, {failures} failed; {:?} attempts denied", shared.stranger_attempts);
     assert!(violations.is_empty(), "{violations:#?}\n{}", node.log());
-    let seen = sniffer.finish().expect("packets");
+    let [v4, v6] = sniffers.map(|sniffer| sniffer.finish().expect("packets"));
     if proxied {
-        assert!(seen.tls > 0 && seen.plain == 0, "plain text on the wire: {seen:?}");
+        // Sidecars are reached by IPv4, whichever way the caller took.
+        assert!(v4.tls > 0 && v4.plain + v6.plain == 0, "plain text on the wire: {v4:?}, {v6:?}");
     } else {
-        assert!(seen.plain > 0, "the packet socket proves nothing: {seen:?}");
+        assert!(v4.plain > 0 && v6.plain > 0, "the packet sockets prove nothing: {v4:?}, {v6:?}");
     }
     let heard = server.accepted().iter().filter(|accepted| accepted.first.starts_with(TOKEN)).count();
     assert_eq!(heard, 0, "the application heard who is denied");
 
     node.culvert(&["intention", "create", "-replace", "-deny", "caller", "called"]);
-    eventually("the caller is denied", || short(&pair.caller).is_err());
-    short(&pair.caller).expect_err("denied, and let through once more");
+    eventually("the caller is denied", || short(&pair.caller, upstream()).is_err());
+    for to in ways().take(2) {
+        short(&pair.caller, to).expect_err("denied, and let through once more");
+    }
     node.culvert(&["intention", "create", "-replace", "-allow", "stranger", "called"]);
-    eventually("who was denied all the time is allowed", || short(&pair.stranger).is_ok());
+    eventually("who was denied all the time is allowed", || short(&pair.stranger, upstream6()).is_ok());
     let people = node.people();
     drop((server, apps));
     node.leave();

@@ -1,5 +1,6 @@
 //! The root is replaced under traffic, and every leaf by it or by its age, on both paths at once: no byte and no connection is lost.
 
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -28,8 +29,9 @@ struct Target {
 const TARGETS: [Target; 2] = [Target { port: 8080, direct: true }, Target { port: 8081, direct: false }];
 
 impl Target {
-    fn address(&self) -> std::net::SocketAddr {
-        (std::net::Ipv4Addr::LOCALHOST, self.port).into()
+    /// Both ways to it.
+    fn ways(&self) -> [SocketAddr; 2] {
+        [(Ipv4Addr::LOCALHOST, self.port).into(), (Ipv6Addr::LOCALHOST, self.port).into()]
     }
 }
 
@@ -52,10 +54,10 @@ impl Traffic {
     }
 
     /// A connection that is kept, with numbered messages.
-    fn last(&self, caller: &App, target: &Target) {
+    fn last(&self, caller: &App, to: SocketAddr) {
         let mut message = vec![0x5a; 2000];
         let mut exchange = || {
-            let mut stream = caller.greeted(target.address())?;
+            let mut stream = caller.greeted(to)?;
             while self.goes_on() {
                 message[..8].copy_from_slice(&self.echoes.fetch_add(1, SeqCst).to_le_bytes());
                 echo(&mut stream, &message)?;
@@ -64,21 +66,21 @@ impl Traffic {
             Ok::<_, std::io::Error>(())
         };
         if let Err(error) = exchange() {
-            self.failed(format!("a lasting connection to port {}: {error}", target.port));
+            self.failed(format!("a lasting connection to {to}: {error}"));
         }
     }
 
     /// Connections one after the other.
     fn come_and_go(&self, caller: &App, target: &Target) {
-        while self.goes_on() {
-            let exchange = caller.greeted(target.address()).and_then(|mut stream| {
+        for to in target.ways().into_iter().cycle().take_while(|_| self.goes_on()) {
+            let exchange = caller.greeted(to).and_then(|mut stream| {
                 echo(&mut stream, b"short")?;
                 Ok(is_direct(&stream))
             });
             match exchange {
                 Ok(direct) if direct == target.direct => drop(self.connections.fetch_add(1, SeqCst)),
-                Ok(_) => self.failed(format!("a connection to port {} took the other path", target.port)),
-                Err(error) => self.failed(format!("a connection to port {}: {error}", target.port)),
+                Ok(_) => self.failed(format!("a connection to {to} took the other path")),
+                Err(error) => self.failed(format!("a connection to {to}: {error}")),
             }
             thread::sleep(Duration::from_millis(30));
         }
@@ -149,9 +151,11 @@ impl Cluster {
         let [called, sealed, caller] = ["called", "sealed", "caller"].map(|group| App::of(&node, "rotation", group));
         let servers = [called.serve(&service()), sealed.serve(&service())];
         for target in &TARGETS {
-            eventually("the path is there", || {
-                caller.greeted(target.address()).is_ok_and(|stream| is_direct(&stream) == target.direct)
-            });
+            for to in target.ways() {
+                eventually("the path is there", || {
+                    caller.greeted(to).is_ok_and(|stream| is_direct(&stream) == target.direct)
+                });
+            }
         }
         (node, Self { caller, _servers: servers, _apps: apps })
     }
@@ -162,8 +166,9 @@ impl Cluster {
         thread::scope(|scope| {
             let stop = StopOnDrop(&traffic);
             for target in &TARGETS {
-                for _ in 0..2 {
-                    scope.spawn(|| traffic.last(&self.caller, target));
+                for to in target.ways() {
+                    let traffic = &traffic;
+                    scope.spawn(move || traffic.last(&self.caller, to));
                 }
                 scope.spawn(|| traffic.come_and_go(&self.caller, target));
             }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
-use culvert_tests::{Apps, Node, NodeOptions, Pair, World, echo, eventually, is_direct, service, upstream};
+use culvert_tests::{Apps, Node, NodeOptions, Pair, World, echo, eventually, is_direct, service, upstream, upstream6};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -23,7 +23,7 @@ fn task(allocation: &Value) -> Option<i32> {
 }
 
 fn greets(pair: &Pair) -> bool {
-    pair.caller.greeted(upstream()).is_ok()
+    [upstream(), upstream6()].into_iter().all(|to| pair.caller.greeted(to).is_ok())
 }
 
 #[test]
@@ -33,14 +33,17 @@ fn direct_connections_stay_direct_while_an_agent_is_killed_and_the_next_starts()
     let pair = node.run_pair("");
     let apps = Apps::join(&world);
     let _called = pair.called.serve(&service());
-    eventually("the direct path", || pair.caller.greeted(upstream()).is_ok_and(|stream| is_direct(&stream)));
-    let mut lasting = pair.caller.greeted(upstream()).expect("a connection");
+    let ways = [upstream(), upstream6()];
+    for to in ways {
+        eventually("the direct path", || pair.caller.greeted(to).is_ok_and(|stream| is_direct(&stream)));
+    }
+    let mut lasting = ways.map(|to| pair.caller.greeted(to).expect("a connection"));
 
     let (stop, made) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     thread::scope(|scope| {
         let traffic = scope.spawn(|| {
-            while !stop.load(Ordering::SeqCst) {
-                let stream = pair.caller.greeted(upstream()).expect("no connection fails");
+            for to in ways.into_iter().cycle().take_while(|_| !stop.load(Ordering::SeqCst)) {
+                let stream = pair.caller.greeted(to).expect("no connection fails");
                 assert!(is_direct(&stream), "connection {} was proxied", made.load(Ordering::SeqCst));
                 made.fetch_add(1, Ordering::SeqCst);
             }
@@ -62,7 +65,9 @@ fn direct_connections_stay_direct_while_an_agent_is_killed_and_the_next_starts()
         }
         stop.store(true, Ordering::SeqCst);
     });
-    echo(&mut lasting, b"still here").expect("a connection outlives its agents");
+    for stream in &mut lasting {
+        echo(stream, b"still here").expect("a connection outlives its agents");
+    }
     drop((lasting, apps));
     node.leave();
 }

@@ -12,7 +12,7 @@ pub mod frames;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
-use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -512,7 +512,9 @@ impl Pair {
     pub fn settle_neighbours(&self) {
         for (workload, other) in [(&self.a, &self.b), (&self.b, &self.a)] {
             let mac = other.mac.map(|byte| format!("{byte:02x}")).join(":");
-            workload.ip(&format!("neigh replace {} lladdr {mac} dev eth0 nud permanent", other.addr4));
+            for address in [IpAddr::from(other.addr4), other.addr6.into()] {
+                workload.ip(&format!("neigh replace {address} lladdr {mac} dev eth0 nud permanent"));
+            }
         }
     }
 
