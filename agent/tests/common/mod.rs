@@ -104,6 +104,11 @@ impl World {
         self.runtime = Some(runtime.expect("a runtime"));
     }
 
+    /// The cgroup of the world.
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
     /// Configuration of the datapath in this world.
     pub fn config(&self) -> DatapathConfig {
         DatapathConfig::new(PathBuf::from(format!("/sys/fs/bpf/culvert-test-{}", self.name)), self.cgroup.clone())
@@ -161,7 +166,7 @@ impl World {
             }
         }
         remove_pins(&self.config().bpf_dir);
-        fs::remove_dir(&self.cgroup).ok();
+        remove_cgroup(&self.cgroup);
     }
 }
 
@@ -177,7 +182,7 @@ impl Drop for World {
         }
         remove_pins(&self.config().bpf_dir);
         // Sockets that are still closing hold the cgroup for a moment.
-        eventually("the cgroup is empty", || !self.cgroup.exists() || fs::remove_dir(&self.cgroup).is_ok());
+        eventually("the cgroup is empty", || remove_cgroup(&self.cgroup));
     }
 }
 
@@ -396,8 +401,18 @@ fn netns_file(name: &str) -> File {
     File::open(format!("/run/netns/{name}")).expect("a named network namespace")
 }
 
-fn join_cgroup(cgroup: &Path) {
+pub fn join_cgroup(cgroup: &Path) {
     fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string()).expect("the cgroup can be joined");
+}
+
+/// Removes a cgroup and those below it; is it gone?
+fn remove_cgroup(cgroup: &Path) -> bool {
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroup(&entry.path());
+        }
+    }
+    !cgroup.exists() || fs::remove_dir(cgroup).is_ok()
 }
 
 fn remove_pins(directory: &Path) {
