@@ -1,12 +1,13 @@
 //! `culvert observe` and the metrics tell every connection once per side: who, which way, by which rule, how many bytes.
 
+use std::collections::BTreeSet;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use culvert_tests::{Apps, Node, NodeOptions, Pair, World, binary, eventually, is_direct, service, upstream};
+use culvert_tests::{API, Apps, Node, NodeOptions, Pair, World, binary, eventually, get, is_direct, service, upstream};
 use serde_json::Value;
 
 const SENT: usize = 1000;
@@ -230,4 +231,46 @@ fn proxied_connections_are_told() {
 #[test]
 fn direct_connections_are_told() {
     connections_are_told("observe-direct", "between-nodes", "direct");
+}
+
+/// The metrics of the table in docs/observability.md.
+fn documented() -> BTreeSet<String> {
+    let text = include_str!("../../docs/observability.md");
+    let cells = text.lines().filter(|line| line.starts_with("| `culvert_")).filter_map(|line| line.split('|').nth(1));
+    cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)).map(str::to_owned).collect()
+}
+
+/// The metrics that the node tells, of which it has a sample at least.
+fn told(text: &str) -> BTreeSet<String> {
+    let families = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
+    // The samples of a counter have the name of its family and a suffix.
+    families.map(|(name, kind)| format!("{name}{}", if kind == "counter" { "_total" } else { "" })).collect()
+}
+
+#[test]
+fn the_metrics_are_those_that_are_documented() {
+    let world = World::new("metrics");
+    let mut node = Node::start(&world, NodeOptions::default());
+    let apps = Apps::join(&world);
+    let pair = node.run_pair("");
+    let server = pair.called.serve(&service());
+    // Something of each kind; but nobody asks the authority for what it refuses, and no proxy refuses what it is told.
+    eventually("a connection", || pair.caller.greeted(upstream()).is_ok());
+    node.culvert(&["intention", "create", "-deny", "stranger", "called"]);
+    let mut expected = documented();
+    for never in ["culvert_ca_requests_refused_total", "culvert_xds_refusals_total"] {
+        assert!(expected.remove(never), "{never}");
+    }
+    let mut text = String::new();
+    let mut missing = || {
+        drop(pair.stranger.greeted(upstream()));
+        text = get(API, "/v1/culvert/metrics").expect("metrics");
+        expected.difference(&told(&text)).cloned().collect::<Vec<_>>()
+    };
+    eventually("all that is documented is told", || missing().is_empty());
+    assert_eq!(missing(), [""; 0]);
+    assert_eq!(told(&text), expected, "and nothing else");
+    assert!(text.ends_with("# EOF\n") && text.matches("# EOF").count() == 1, "{text}");
+    drop((server, apps));
+    node.leave();
 }
