@@ -189,6 +189,11 @@ struct Shown {
     key: PrivateKeyDer<'static>,
 }
 
+/// The SPIFFE ID of `service`.
+fn name(trust_domain: &str, service: &str) -> String {
+    format!("spiffe://{trust_domain}/ns/default/dc/dc1/svc/{service}")
+}
+
 /// The node's own authority, in the hands of somebody who signs what it never would.
 struct Thief {
     root: CertificateDer<'static>,
@@ -245,8 +250,7 @@ impl Thief {
     }
 
     fn uri(&self, service: &str) -> SanType {
-        let uri = format!("spiffe://{}/ns/default/dc/dc1/svc/{service}", self.trust_domain);
-        SanType::URI(uri.try_into().expect("ASCII"))
+        SanType::URI(name(&self.trust_domain, service).try_into().expect("ASCII"))
     }
 
     /// An authority of somebody else, with our trust domain on it.
@@ -261,13 +265,28 @@ impl Thief {
     /// Name, certificate, and the reason that is told for its refusal.
     fn hostile(&self) -> Vec<(&'static str, Option<Shown>, &'static str)> {
         let certificate = "client_certificate";
-        let dns = || SanType::DnsName("spiffe.example".try_into().expect("ASCII"));
+        let dns = |name: String| SanType::DnsName(name.try_into().expect("ASCII"));
+        let elsewhere = || SanType::URI(name(&self.trust_domain.replace('-', ""), "caller").try_into().expect("ASCII"));
         vec![
             ("none", None, certificate),
             ("another authority with our trust domain", self.leaf_by(&self.forged_issuer(), |_| {}), certificate),
             ("two names", self.leaf(|leaf| leaf.subject_alt_names.push(self.uri("called"))), certificate),
             ("no name", self.leaf(|leaf| leaf.subject_alt_names.clear()), certificate),
-            ("a DNS name alone", self.leaf(|leaf| leaf.subject_alt_names = vec![dns()]), certificate),
+            (
+                "a name of another trust domain",
+                self.leaf(|leaf| leaf.subject_alt_names = vec![elsewhere()]),
+                certificate,
+            ),
+            (
+                "a DNS name alone",
+                self.leaf(|leaf| leaf.subject_alt_names = vec![dns("spiffe.example".to_owned())]),
+                certificate,
+            ),
+            (
+                "a DNS name that says what the URI would",
+                self.leaf(|leaf| leaf.subject_alt_names = vec![dns(name(&self.trust_domain, "caller"))]),
+                certificate,
+            ),
             (
                 "one that may sign",
                 self.leaf(|leaf| leaf.is_ca = IsCa::Ca(BasicConstraints::Unconstrained)),
