@@ -57,7 +57,7 @@ fn build(toolchain: &Toolchain) -> Result<Vec<u8>> {
         .arg(&target)
         .env("CARGO_ENCODED_RUSTFLAGS", rustflags(toolchain).join("\u{1f}"));
     let status = cargo.status().with_context(|| format!("run {cargo:?}"))?;
-    ensure!(status.success(), "the kernel programs do not compile ({status})");
+    ensure!(status.success(), "the kernel programs are not built ({status}){}", toolchain.advice());
     let built = target.join(TARGET).join("release/culvert-ebpf");
     let object = fs::read(&built).with_context(|| format!("read {}", built.display()))?;
     strip::strip_debug(&object).with_context(|| format!("strip {}", built.display()))

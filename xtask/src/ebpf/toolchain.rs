@@ -32,11 +32,15 @@ const DEBIAN_LLVM: &str = "/usr/lib/llvm-22";
 /// Version of `bpf-linker` that matches LLVM 22.
 const LINKER: &str = "bpf-linker@0.13.0";
 
+/// Nightlies that are looked for, in this order. The first is as old as the linker's LLVM; a newer one needs a newer linker.
+const NIGHTLIES: [&str; 2] = ["nightly-2026-05-19", "nightly"];
+
 /// Which compiler.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Flavour {
     Debian,
-    Nightly,
+    /// By its name in rustup.
+    Nightly(&'static str),
 }
 
 /// A complete toolchain.
@@ -56,6 +60,17 @@ impl fmt::Display for Toolchain {
 }
 
 impl Toolchain {
+    /// What to look at when it does not link, for people.
+    pub(crate) fn advice(&self) -> String {
+        match self.flavour {
+            Flavour::Debian => String::new(),
+            Flavour::Nightly(name) => format!(
+                "; {} has to be built for the LLVM of that compiler (rustup run {name} rustc -vV)",
+                self.linker.display()
+            ),
+        }
+    }
+
     /// The compiler's root: paths below it are the same on no two machines.
     pub(crate) fn sysroot(&self) -> &Path {
         &self.sysroot
@@ -70,9 +85,9 @@ impl Toolchain {
                 command.env("RUSTC", DEBIAN_RUSTC).env("RUSTC_BOOTSTRAP", "1");
                 command
             }
-            Flavour::Nightly => {
+            Flavour::Nightly(name) => {
                 let mut command = Command::new("rustup");
-                command.args(["run", "nightly", "cargo"]).env_remove("RUSTC");
+                command.args(["run", name, "cargo"]).env_remove("RUSTC");
                 command
             }
         };
@@ -137,30 +152,22 @@ impl fmt::Display for Missing {
 
 fn find() -> Result<Toolchain, Missing> {
     let linker = find_linker();
-    let debian = debian_compiler();
-    let nightly = if debian.is_some() { None } else { nightly_compiler() };
-    let (flavour, compiler) = match (debian, nightly) {
-        (Some(compiler), _) => (Flavour::Debian, Some(compiler)),
-        (None, Some(compiler)) => (Flavour::Nightly, Some(compiler)),
-        (None, None) => (Flavour::Nightly, None),
-    };
-    if let (Some((compiler_version, sysroot)), Some((linker, linker_version))) = (compiler.clone(), linker.clone()) {
+    let nightly = || NIGHTLIES.into_iter().find_map(|name| Some((Flavour::Nightly(name), nightly_compiler(name)?)));
+    let compiler = debian_compiler().map(|compiler| (Flavour::Debian, compiler)).or_else(nightly);
+    let flavour = compiler.as_ref().map(|(flavour, _)| *flavour);
+    if let (Some((flavour, (compiler_version, sysroot))), Some((linker, linker_version))) = (compiler, linker.clone()) {
         return Ok(Toolchain { flavour, linker, sysroot, compiler_version, linker_version });
     }
     let mut missing = Missing { debian: Vec::new(), nightly: Vec::new() };
-    if flavour != Flavour::Debian || compiler.is_none() || linker.is_none() {
-        missing.debian.push(format!("apt-get install -y {}", PACKAGES.join(" ")));
-    }
-    if compiler.is_none() || flavour == Flavour::Debian {
-        missing.nightly.push("rustup toolchain install nightly --component rust-src".to_owned());
+    missing.debian.push(format!("apt-get install -y {}", PACKAGES.join(" ")));
+    if !matches!(flavour, Some(Flavour::Nightly(_))) {
+        missing.nightly.push(format!("rustup toolchain install {} --component rust-src", NIGHTLIES[0]));
     }
     if linker.is_none() {
+        let build = format!("cargo install {LINKER} --no-default-features --features llvm-22");
         let root = cache().join("tools");
-        missing.debian.push(format!(
-            "LLVM_PREFIX={DEBIAN_LLVM} cargo install {LINKER} --no-default-features --features llvm-22 --root {}",
-            root.display()
-        ));
-        missing.nightly.push("cargo install bpf-linker".to_owned());
+        missing.debian.push(format!("LLVM_PREFIX={DEBIAN_LLVM} {build} --root {}", root.display()));
+        missing.nightly.push(format!("LLVM_PREFIX=<folder of LLVM 22> {build} --root {}", root.display()));
     }
     Err(missing)
 }
@@ -172,9 +179,9 @@ fn debian_compiler() -> Option<(String, PathBuf)> {
     Some((output(Command::new(DEBIAN_RUSTC).arg("--version"))?, PathBuf::from("/usr/lib/rustlib/src/rust")))
 }
 
-fn nightly_compiler() -> Option<(String, PathBuf)> {
+fn nightly_compiler(name: &str) -> Option<(String, PathBuf)> {
     let rustc = |arguments: &[&str]| {
-        output(Command::new("rustup").args(["run", "nightly", "rustc"]).args(arguments).env_remove("RUSTUP_TOOLCHAIN"))
+        output(Command::new("rustup").args(["run", name, "rustc"]).args(arguments).env_remove("RUSTUP_TOOLCHAIN"))
     };
     let sysroot = PathBuf::from(rustc(&["--print", "sysroot"])?);
     sysroot.join("lib/rustlib/src/rust/library/core").exists().then_some(())?;
