@@ -36,7 +36,7 @@ mod life;
 mod surroundings;
 
 use data_dir::{make_private, refuse_emptied_state, sweep_unfinished};
-use life::{Agent, Ends, reloadable};
+use life::{Agent, Signals, reloadable};
 use surroundings::NodeSurroundings;
 
 /// Threads that serve HTTP and xDS.
@@ -124,7 +124,7 @@ async fn serve(
     places: &mut Places,
 ) -> anyhow::Result<()> {
     // From the beginning: who ends the agent while it starts has it end in order, once it has started.
-    let ends = Ends::new().context("await signals")?;
+    let signals = Signals::new().context("await signals")?;
     let data_dir = settings.data_dir.clone();
     let (node_name, advertise) = (settings.node_name.clone(), settings.advertise);
     let hub = EventHub::new();
@@ -204,7 +204,7 @@ async fn serve(
     };
     drop(routes_state.node.set(state));
     let agent = Agent { settings, again, control, runner, policy, worker, network };
-    agent.attend(ends, asked, control_runtime).await
+    agent.attend(signals, asked, control_runtime).await
 }
 
 /// Runs `work` on another runtime's threads.

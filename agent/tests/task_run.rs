@@ -18,7 +18,8 @@ const BOTH: [Driver; 2] = [Driver::RawExec, Driver::Exec];
 
 /// No cgroup of the task in any hierarchy, and no process of it.
 fn assert_gone(world: &World, spec: &TaskSpec, record: &TaskRecord) {
-    assert!(!record.process.exists() && !record.executor.exists());
+    let exists = |process: &ProcessIdentity| process.exists().expect("known");
+    assert!(!exists(&record.process) && !exists(&record.executor));
     let hierarchies = Hierarchies::find().expect("cgroup2");
     let parent = Path::new(&world.cgroup_parent).join(spec.alloc_id.as_str());
     assert_eq!(task::children(&hierarchies, &parent), [] as [String; 0]);
@@ -397,7 +398,8 @@ fn a_task_dies_with_its_executor_and_the_agent_says_why() {
             let status = end(&task).await;
             assert!(status.error.as_ref().is_some_and(|error| error.contains("without an exit status")), "{status:?}");
             assert!(!status.success());
-            eventually("its processes are gone", async || !task.record().process.exists()).await;
+            eventually("its processes are gone", async || task.record().process.exists().is_ok_and(|exists| !exists))
+                .await;
             assert_gone(&world, &spec, task.record());
         }
     });

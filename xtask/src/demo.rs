@@ -44,7 +44,8 @@ pub(crate) fn run(setup: &Setup, options: &Options) -> anyhow::Result<()> {
     interrupt::remember()?;
     let demo = Demo::start(&bin)?;
     let mut processes = Vec::new();
-    let result = demo.run_job(&bin, &root().join("examples/countdash.nomad.hcl")).and_then(|()| {
+    let job = root().join("examples/countdash.nomad.hcl");
+    let result = demo.wait_served().and_then(|()| demo.run_job(&bin, &job)).and_then(|()| {
         let count = demo.wait_connected(FIRST_COUNT)?;
         println!("\nthe dashboard counts: {count}");
         processes = check::processes(&demo)?;

@@ -18,6 +18,8 @@ use crate::workload::Network;
 
 use super::{Asks, SettingsSource, on};
 
+/// For answers to get to who asked.
+const ANSWERS_LEAVE: Duration = Duration::from_millis(200);
 /// How long connections may go on when the agent leaves.
 const LEAVE_DRAIN: Duration = Duration::from_secs(2);
 
@@ -26,17 +28,27 @@ pub(super) fn reloadable(settings: &Settings) -> Reloadable {
     Reloadable { default_policy: settings.default_policy, encryption: settings.encryption }
 }
 
+/// What an agent is told by signals.
+pub(super) struct Signals {
+    ends: Ends,
+    hang_up: Signal,
+}
+
+impl Signals {
+    /// They are kept from now on.
+    pub(super) fn new() -> std::io::Result<Self> {
+        let ends = Ends { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? };
+        Ok(Self { ends, hang_up: signal(SignalKind::hangup())? })
+    }
+}
+
 /// Signals that ask the agent to end.
-pub(super) struct Ends {
+struct Ends {
     interrupt: Signal,
     terminate: Signal,
 }
 
 impl Ends {
-    pub(super) fn new() -> std::io::Result<Self> {
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
-    }
-
     async fn recv(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
@@ -45,15 +57,17 @@ impl Ends {
     }
 }
 
-/// Who asked while the agent left is answered, too.
+/// Who asked while the agent came to its end is answered, too.
 async fn answer_others(mut asked: Asks, left: &Result<(), String>) {
     asked.close();
     while let Some((ask, done)) = asked.recv().await {
         drop(done.send(match ask {
             Ask::Leave => left.clone(),
-            Ask::Reload => Err("the agent is leaving".to_owned()),
+            Ask::Reload => Err("the agent is ending".to_owned()),
         }));
     }
+    // The answers leave before the server does.
+    tokio::time::sleep(ANSWERS_LEAVE).await;
 }
 
 /// Everything that runs.
@@ -71,11 +85,11 @@ impl Agent {
     /// Serves signals and operators until the end.
     pub(super) async fn attend(
         mut self,
-        mut ends: Ends,
+        signals: Signals,
         mut asked: Asks,
         control_runtime: &Runtime,
     ) -> anyhow::Result<()> {
-        let mut hang_up = signal(SignalKind::hangup())?;
+        let Signals { mut ends, mut hang_up } = signals;
         loop {
             tokio::select! {
                 () = ends.recv() => break,
@@ -90,22 +104,21 @@ impl Agent {
                         let left = self.leave(&mut ends).await;
                         drop(done.send(left.clone()));
                         answer_others(asked, &left).await;
-                        // The answer leaves before the server does.
-                        tokio::time::sleep(Duration::from_millis(200)).await;
                         return self.end(control_runtime, left).await;
                     }
                     None => break,
                 },
             }
         }
-        let left = if self.settings.dev {
+        if self.settings.dev {
             // A dev agent keeps its state in memory: what it ran would be nobody's.
-            self.leave(&mut ends).await
-        } else {
-            info!("ending; workloads, worker and kernel programs go on, the next start takes them over");
-            Ok(())
-        };
-        self.end(control_runtime, left).await
+            let left = self.leave(&mut ends).await;
+            answer_others(asked, &left).await;
+            return self.end(control_runtime, left).await;
+        }
+        info!("ending; workloads, worker and kernel programs go on, the next start takes them over");
+        answer_others(asked, &Err("the agent was told to end, and has left nothing".to_owned())).await;
+        self.end(control_runtime, Ok(())).await
     }
 
     /// Reads the configuration again and applies what may change: `encryption` and `default_intention_policy`.
@@ -135,7 +148,7 @@ impl Agent {
             }
         };
         let mut left: Vec<String> = allocations.iter().map(|id| format!("allocation {id}")).collect();
-        self.worker.shutdown(LEAVE_DRAIN).await;
+        left.extend(self.worker.shutdown(LEAVE_DRAIN).await.err());
         left.extend(self.policy.remove_all().await.err());
         left.extend(self.network.close_all().await.err().map(|error| chain(&error)));
         if left.is_empty() { Ok(()) } else { Err(format!("the host is not as it was found: {}", left.join("; "))) }

@@ -15,6 +15,7 @@ mod cgroup;
 pub mod descriptors;
 mod dirs;
 pub mod executor;
+mod identity;
 pub mod logs;
 mod record;
 mod remove;
@@ -24,12 +25,14 @@ mod spec;
 
 pub use cgroup::{CgroupError, Hierarchies, check_cgroup_parent, children, kill_all, kill_and_remove, remove_if_empty};
 pub use dirs::{AllocDir, DirError, TaskDirs};
+pub use identity::ProcessIdentity;
+pub(crate) use identity::boot_id;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) use record::ExitFile;
-pub use record::{ExitStatus, ProcessIdentity, TaskRecord, find_record};
-pub(crate) use record::{boot_id, read_json, sweep, write_json};
+pub use record::{ExitStatus, TaskRecord, find_record};
+pub(crate) use record::{read_json, sweep, write_json};
 pub use restart::{RestartDecision, RestartMode, RestartPolicy, RestartReason, RestartTracker};
-pub use running::{AdoptError, Adoption, ExecutorCommand, RunningTask, StartError, adopt, end_of, start, task_owner};
+pub use running::{AdoptError, Adoption, ExecutorCommand, RunningTask, StartError, adopt, start, task_owner};
 pub use spec::{
     DEFAULT_PATH, DEFAULT_PIDS_MAX, Driver, LogSettings, MAX_TASK_NAME, Resources, Signal, SpecError, TaskSpec,
     UnknownDriver, UnknownSignal, check_task_name,

@@ -1,6 +1,4 @@
 //! What is kept of a running or ended task: enough for another agent to find it again, and to be sure that it is it.
-//!
-//! A process is identified by pid, start time and boot: pids are reused, the triple is not.
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -13,48 +11,7 @@ use tracing::{info, warn};
 
 use crate::workload::AllocId;
 
-/// A process that cannot be mistaken for a later one with the same pid.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-pub struct ProcessIdentity {
-    /// The pid in the agent's pid namespace.
-    pub pid: u32,
-    /// Start time in clock ticks since boot: field 22 of `/proc/<pid>/stat`.
-    pub start_time: u64,
-    /// `/proc/sys/kernel/random/boot_id`.
-    pub boot_id: String,
-}
-
-impl ProcessIdentity {
-    /// Reads the identity of `pid`.
-    ///
-    /// # Errors
-    /// `NotFound` when there is no such process.
-    pub fn of(pid: u32) -> io::Result<Self> {
-        Ok(Self { pid, start_time: start_time(pid)?, boot_id: boot_id()? })
-    }
-
-    /// Does this very process still exist (a zombie counts)?
-    #[must_use]
-    pub fn exists(&self) -> bool {
-        Self::of(self.pid).is_ok_and(|now| now == *self)
-    }
-}
-
-/// What changes with every boot of the host.
-pub(crate) fn boot_id() -> io::Result<String> {
-    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
-}
-
-fn start_time(pid: u32) -> io::Result<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    parse_start_time(&stat)
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat: {stat:?}")))
-}
-
-/// Field 22; the name in field 2 may hold anything, so counting starts after its closing parenthesis.
-fn parse_start_time(stat: &str) -> Option<u64> {
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
-}
+use super::identity::ProcessIdentity;
 
 /// A started task, as the agent keeps it in its own records and the executor in `<task>/executor.json`.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -177,22 +134,6 @@ pub fn find_record(task_dir: &Path) -> io::Result<Option<TaskRecord>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_start_time_is_found_behind_a_hostile_name() {
-        let tail = "S 1 2 3 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 987654 1000 200";
-        assert_eq!(parse_start_time(&format!("42 (a) b) R 1) {tail}")), Some(987_654));
-        assert_eq!(parse_start_time("42 (cut) S 1 2"), None);
-        assert_eq!(parse_start_time(""), None);
-    }
-
-    #[test]
-    fn this_process_exists_and_an_older_one_of_its_pid_does_not() {
-        let own = ProcessIdentity::of(std::process::id()).expect("this process");
-        assert!(own.exists());
-        assert!(!ProcessIdentity { start_time: own.start_time - 1, ..own.clone() }.exists());
-        assert!(!ProcessIdentity { boot_id: "another boot".into(), ..own }.exists());
-    }
 
     #[test]
     fn a_file_is_replaced_as_a_whole() {

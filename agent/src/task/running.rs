@@ -2,20 +2,20 @@
 
 use std::ffi::OsString;
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
 
 use nix::sys::signal::Signal as NixSignal;
-use rustix::process::{PidfdFlags, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
-use tokio::io::Interest;
+use rustix::process::pidfd_send_signal;
 
 use crate::task::cgroup::{self, Hierarchies};
 use crate::task::descriptors;
 use crate::task::executor::{StartReply, TaskUser};
-use crate::task::record::{EXIT_FILE, ExitFile, ExitStatus, ProcessIdentity, TaskRecord, read_json};
+use crate::task::identity::{end_of, open_pidfd};
+use crate::task::record::{EXIT_FILE, ExitFile, ExitStatus, TaskRecord, read_json};
 use crate::task::spec::{Driver, Signal, SpecError, TaskSpec};
 
 /// How long an executor may take to report that its task runs; its work is a few dozen system calls.
@@ -182,37 +182,11 @@ pub struct AdoptError {
 /// # Errors
 /// [`AdoptError`] when `/proc` or `exit.json` cannot be read.
 pub async fn adopt(record: TaskRecord) -> Result<Adoption, AdoptError> {
-    match open_verified(&record.executor) {
+    match record.executor.open() {
         Ok(Some(pidfd)) => Ok(Adoption::Running(RunningTask::new(record, pidfd))),
         Ok(None) => Ok(Adoption::Ended(ended(&record).await)),
         Err(source) => Err(AdoptError { task: record.task, alloc_id: record.alloc_id.to_string(), source }),
     }
-}
-
-/// A pidfd of exactly this process; `None` when it is gone.
-fn open_verified(identity: &ProcessIdentity) -> io::Result<Option<OwnedFd>> {
-    let pidfd = match open_pidfd(identity.pid) {
-        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
-        pidfd => pidfd?,
-    };
-    // Checked after the pidfd is held: from now on the pid cannot come to mean another process.
-    Ok(identity.exists().then_some(pidfd))
-}
-
-/// Waits until exactly this process has ended; a zombie has.
-///
-/// # Errors
-/// When the runtime cannot watch the process.
-pub async fn end_of(identity: &ProcessIdentity) -> io::Result<()> {
-    match open_verified(identity)? {
-        Some(pidfd) => wait_readable(&pidfd).await,
-        None => Ok(()),
-    }
-}
-
-fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
-    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
-    Ok(pidfd_open(pid, PidfdFlags::empty())?)
 }
 
 /// A task under its executor. Dropping it ends nothing: the task goes on, [`adopt`] finds it again.
@@ -225,7 +199,7 @@ pub struct RunningTask {
 
 impl RunningTask {
     fn new(record: TaskRecord, executor: OwnedFd) -> Self {
-        let process = open_verified(&record.process).unwrap_or_else(|error| {
+        let process = record.process.open().unwrap_or_else(|error| {
             tracing::warn!(task = record.task, %error, "task's process cannot be opened");
             None
         });
@@ -243,7 +217,7 @@ impl RunningTask {
     /// # Errors
     /// When the runtime cannot watch the executor's descriptor.
     pub async fn wait(&self) -> io::Result<ExitStatus> {
-        wait_readable(&self.executor).await?;
+        end_of(&self.executor).await?;
         Ok(ended(&self.record).await)
     }
 
@@ -289,23 +263,8 @@ fn send(pidfd: &OwnedFd, signal: Signal) -> io::Result<()> {
 }
 
 /// A pidfd turns readable when its process has ended (pidfd_open(2)).
-async fn wait_readable(pidfd: &OwnedFd) -> io::Result<()> {
-    let watched = crate::sys::watch(pidfd.try_clone()?, Interest::READABLE)?;
-    let _ready = watched.readable().await?;
-    reap_now(pidfd);
-    Ok(())
-}
-
-/// Buries the executor if this process is its parent; after an adoption somebody else is.
-fn reap_now(pidfd: &OwnedFd) {
-    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
-    if let Err(error) = waitid(WaitId::PidFd(pidfd.as_fd()), options) {
-        tracing::trace!(%error, "executor is not ours to reap");
-    }
-}
-
 async fn reap(pidfd: &OwnedFd) {
-    if let Ok(Err(error)) = tokio::time::timeout(EXECUTOR_END_TIMEOUT, wait_readable(pidfd)).await {
+    if let Ok(Err(error)) = tokio::time::timeout(EXECUTOR_END_TIMEOUT, end_of(pidfd)).await {
         tracing::warn!(%error, "cannot watch an executor end");
     }
 }

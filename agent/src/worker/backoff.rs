@@ -20,7 +20,7 @@ pub(super) fn next_pause(before: Duration, lived: Duration) -> Duration {
     if lived >= SETTLED { Duration::ZERO } else { (before * 2).clamp(FIRST_PAUSE, MAX_PAUSE) }
 }
 
-/// The pause before another worker follows one that ran, lived for `lived`, and had to wait for `before` itself.
+/// The pause before another worker follows one that ran and lived for `lived`, when the last pause was `before`.
 pub(super) fn vacancy(before: Duration, lived: Duration) -> Duration {
     next_pause(before, lived).min(MAX_VACANCY)
 }

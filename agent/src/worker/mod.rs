@@ -82,6 +82,9 @@ enum Command {
     Shutdown { deadline: Duration, done: oneshot::Sender<()> },
 }
 
+/// How long the end of a worker that was drained may take.
+const END_WITHIN: Duration = Duration::from_secs(8);
+
 /// How the rest of the agent talks to the supervisor. Cheap to clone.
 #[derive(Clone)]
 pub struct WorkerHandle {
@@ -104,10 +107,17 @@ impl WorkerHandle {
     }
 
     /// Drains the whole worker and ends it; the supervisor ends with it.
-    pub async fn shutdown(&self, deadline: Duration) {
+    ///
+    /// # Errors
+    /// Which worker may be left.
+    pub async fn shutdown(&self, deadline: Duration) -> Result<(), String> {
+        let pid = self.view.borrow().pid;
         let (done, gone) = oneshot::channel();
         drop(self.commands.send(Command::Shutdown { deadline, done }).await);
-        drop(tokio::time::timeout(deadline + Duration::from_secs(2), gone).await);
+        match tokio::time::timeout(deadline + END_WITHIN, gone).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(format!("the worker{}", pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default())),
+        }
     }
 
     /// What is known of the worker, as it changes.

@@ -9,10 +9,10 @@ use culvert_control::disk::remedy;
 use culvert_proxy::handoff::{ADOPTION_SOCKET, AdoptionListener, ControlSocket, PeerCredentials};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use tokio::time::{Instant, sleep, timeout_at};
-use tracing::{info, warn};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tracing::{error, info, warn};
 
-use crate::task::{ProcessIdentity, end_of, read_json, write_json};
+use crate::task::{ProcessIdentity, read_json, write_json};
 
 /// Name of the worker's record in the data directory.
 const FILE: &str = "worker.json";
@@ -20,6 +20,8 @@ const FILE: &str = "worker.json";
 const ADOPT_WITHIN: Duration = Duration::from_secs(3);
 /// Pause after a call that could not be answered.
 const ANSWER_PAUSE: Duration = Duration::from_millis(500);
+/// How long a worker may take to be gone after SIGKILL.
+const ENDS_WITHIN: Duration = Duration::from_secs(5);
 /// Pause after a worker could not be ended.
 const KILL_PAUSE: Duration = Duration::from_secs(1);
 
@@ -55,18 +57,15 @@ impl Worker {
         let called = tokio::select! {
             called = await_call(&process) => called,
             // It may have died with its agent, and be a zombie until somebody looks: its successor need not wait.
-            Ok(()) = end_of(&process) => return None,
+            Ok(()) = process.ended() => return None,
         };
-        match called {
-            Ok(Some(control)) => {
-                info!(pid = process.pid, "took over the running worker");
-                return Some(Self { control, process, child: None });
-            }
-            // Left alone it would judge by an old policy, and hold the listeners that its successor needs.
-            Ok(None) => warn!(pid = process.pid, "the recorded worker lives but does not call; it is ended"),
-            Err(error) => warn!(%error, pid = process.pid, "cannot take over the running worker; it is ended"),
+        if let Some(control) = called {
+            info!(pid = process.pid, "took over the running worker");
+            return Some(Self { control, process, child: None });
         }
-        end_for_sure(&process).await;
+        // Left alone it would judge by an old policy, and hold the listeners that its successor needs.
+        warn!(pid = process.pid, "the recorded worker lives but does not call; it is ended");
+        end(&process).await;
         None
     }
 
@@ -111,57 +110,57 @@ impl Worker {
                 warn!(%error, "cannot end the worker");
             }
         } else {
-            end_for_sure(&self.process).await;
+            end(&self.process).await;
         }
     }
 }
 
-/// Two workers would share listeners: none is started before this one is ended. Only want of descriptors prevents that.
-async fn end_for_sure(process: &ProcessIdentity) {
-    while let Err(error) = kill(process) {
-        warn!(%error, pid = process.pid, "cannot end the worker yet");
-        sleep(KILL_PAUSE).await;
+/// Ends a worker that is not our child, whether it has a record or not.
+pub(super) async fn end_recorded(data_dir: &Path) {
+    if let Some(process) = recorded(data_dir) {
+        end(&process).await;
     }
 }
 
-/// Ends exactly this process, if it still exists.
-fn kill(process: &ProcessIdentity) -> io::Result<()> {
-    let pid =
-        i32::try_from(process.pid).ok().and_then(rustix::process::Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
-    let pidfd = match rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) {
-        Err(Errno::SRCH) => return Ok(()),
-        pidfd => pidfd?,
-    };
-    // Checked while the pidfd is held: the pid cannot come to mean another process.
-    if process.exists() {
-        rustix::process::pidfd_send_signal(pidfd, rustix::process::Signal::KILL)?;
+/// Two workers would share listeners: none is started before this one has ended. For want of descriptors that may take a while.
+async fn end(process: &ProcessIdentity) {
+    while let Err(error) = process.kill() {
+        error!(%error, pid = process.pid, "cannot end the worker");
+        if !is_out_of_descriptors(&error) {
+            return;
+        }
+        sleep(KILL_PAUSE).await;
     }
-    Ok(())
+    match timeout(ENDS_WITHIN, process.ended()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => warn!(%error, pid = process.pid, "the end of the worker cannot be watched"),
+        Err(_) => error!(pid = process.pid, "the worker was killed, and is there yet"),
+    }
 }
 
 /// Waits until the worker calls; nothing when it does not. While this agent cannot answer for want of descriptors, it goes on
 /// waiting: the worker calls again and again, and carries its connections meanwhile.
-async fn await_call(process: &ProcessIdentity) -> io::Result<Option<ControlSocket>> {
+async fn await_call(process: &ProcessIdentity) -> Option<ControlSocket> {
     let mut listener = None;
     let mut until = Instant::now() + ADOPT_WITHIN;
-    loop {
-        let answered = timeout_at(until, answer(&mut listener)).await;
-        let Ok(answered) = answered else { return Ok(None) };
-        match answered {
-            Ok((control, caller)) if is(caller.pid, process) => return Ok(Some(control)),
-            Ok((_, caller)) => warn!(pid = caller.pid, "a process that is not the recorded worker called; refused"),
-            Err(error) if is_want(&error) => {
-                warn!(%error, pid = process.pid, "the running worker cannot be answered yet");
-                until = Instant::now() + ADOPT_WITHIN;
-                sleep(ANSWER_PAUSE).await;
-            }
-            Err(error) if listener.is_none() => return Err(error),
-            Err(error) => {
-                warn!(%error, pid = process.pid, "a call of the running worker failed");
-                sleep(ANSWER_PAUSE).await;
-            }
+    while Instant::now() < until {
+        let Ok(answered) = timeout_at(until, answer(&mut listener)).await else { break };
+        let error =
+            match answered.and_then(|(control, caller)| Ok((is_recorded(caller.pid, process)?, control, caller))) {
+                Ok((true, control, _)) => return Some(control),
+                Ok((false, _, caller)) => {
+                    warn!(pid = caller.pid, "a process that is not the recorded worker called; refused");
+                    continue;
+                }
+                Err(error) => error,
+            };
+        warn!(%error, pid = process.pid, "the running worker cannot be answered yet");
+        if is_out_of_descriptors(&error) {
+            until = Instant::now() + ADOPT_WITHIN;
         }
+        sleep(ANSWER_PAUSE).await;
     }
+    None
 }
 
 async fn answer(listener: &mut Option<AdoptionListener>) -> io::Result<(ControlSocket, PeerCredentials)> {
@@ -172,14 +171,13 @@ async fn answer(listener: &mut Option<AdoptionListener>) -> io::Result<(ControlS
     listener.accept().await
 }
 
-fn is(pid: i32, process: &ProcessIdentity) -> bool {
-    u32::try_from(pid).is_ok_and(|pid| pid == process.pid) && process.exists()
+fn is_recorded(pid: i32, process: &ProcessIdentity) -> io::Result<bool> {
+    Ok(u32::try_from(pid) == Ok(process.pid) && process.exists()?)
 }
 
 /// Somebody may close some meanwhile.
-fn is_want(error: &io::Error) -> bool {
-    let code = error.raw_os_error().map(Errno::from_raw_os_error);
-    matches!(code, Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
+fn is_out_of_descriptors(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
 }
 
 /// `worker.json` cannot be used, so that no worker could be found again.

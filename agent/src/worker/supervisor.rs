@@ -1,6 +1,8 @@
 //! The task that owns the worker.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +10,7 @@ use std::time::Duration;
 use culvert_proxy::handoff::{ProxyStatus, ReceiveError, SendError, ToAgent, ToWorker};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until, timeout};
 use tracing::{debug, error, info, warn};
 
 use crate::report::chain;
@@ -63,6 +65,14 @@ struct Stopping {
     overdue: Option<Instant>,
 }
 
+impl Stopping {
+    /// What is left of the time for its connections.
+    fn deadline_ms(&self) -> u64 {
+        let left = |overdue: Instant| overdue.saturating_duration_since(Instant::now() + STUCK);
+        self.overdue.map_or(u64::MAX, |overdue| u64::try_from(left(overdue).as_millis()).unwrap_or(u64::MAX))
+    }
+}
+
 /// Why the inner loop returned.
 enum Ended {
     WorkerGone,
@@ -88,31 +98,33 @@ impl Supervisor {
     /// Runs until [`super::WorkerHandle::shutdown`], or until every handle is gone.
     pub async fn run(mut self) {
         let mut pause = Duration::ZERO;
-        let mut next = Worker::adopt(&self.settings).await;
         let mut starts: u64 = 0;
-        let mut again = false;
+        let ControlFlow::Continue(mut next) = self.take_over().await else { return };
         loop {
-            let worker = match next.take().map_or_else(|| Worker::start(&self.settings), Ok) {
-                Ok(worker) => worker,
-                Err(error) => {
-                    error!(%error, "cannot start the worker; mesh connections are refused until it runs");
-                    pause = next_pause(pause, Duration::ZERO);
-                    if self.wait(pause).await.is_break() {
-                        return;
+            let worker = match next.take() {
+                Some(worker) => worker,
+                None => match self.start() {
+                    Ok(worker) => {
+                        starts += 1;
+                        worker
                     }
-                    continue;
-                }
+                    Err(error) => {
+                        error!(%error, "cannot start the worker; mesh connections are refused until it runs");
+                        pause = next_pause(pause, Duration::ZERO);
+                        if self.wait(pause).await.is_break() {
+                            return;
+                        }
+                        continue;
+                    }
+                },
             };
-            let known = std::mem::take(&mut again);
-            starts += u64::from(!known);
+            // One that was taken over first counts as started.
+            starts = starts.max(1);
             let started = Instant::now();
             self.view.send_modify(|view| {
                 (view.pid, view.restarts) = (Some(worker.process.pid), starts - 1);
                 view.proxies.clear();
             });
-            if !known {
-                self.begin();
-            }
             let ended = self.attend(&worker).await;
             self.view.send_modify(|view| (view.pid, view.proxies) = (None, BTreeMap::new()));
             self.surroundings.no_traffic(None);
@@ -122,9 +134,11 @@ impl Supervisor {
                 Ended::Incomplete => {
                     drop(worker); // it calls again, as if this were the next agent
                     self.brought.clear(); // it brings them again
-                    sleep(TAKE_OVER_PAUSE).await;
-                    next = Worker::adopt(&self.settings).await;
-                    again = next.is_some();
+                    if self.wait(TAKE_OVER_PAUSE).await.is_break() {
+                        return;
+                    }
+                    let ControlFlow::Continue(worker) = self.take_over().await else { return };
+                    next = worker;
                     continue;
                 }
                 Ended::WorkerGone => worker.end().await,
@@ -138,28 +152,9 @@ impl Supervisor {
         }
     }
 
-    /// Takes commands while no worker runs.
-    async fn wait(&mut self, pause: Duration) -> std::ops::ControlFlow<()> {
-        let until = Instant::now() + pause;
-        loop {
-            tokio::select! {
-                () = sleep_until(until) => return std::ops::ControlFlow::Continue(()),
-                command = self.commands.recv() => match command {
-                    None => return std::ops::ControlFlow::Break(()),
-                    Some(Command::Serve(served)) => self.sockets.serve(served),
-                    Some(Command::Stop { proxy, done, .. }) => {
-                        self.sockets.remove(&proxy);
-                        self.view.send_modify(|view| _ = view.proxy_failures.remove(&proxy));
-                        tell(done);
-                    }
-                    Some(Command::Shutdown { done, .. }) => {
-                        process::forget(&self.settings.data_dir);
-                        tell(done);
-                        return std::ops::ControlFlow::Break(());
-                    }
-                },
-            }
-        }
+    fn start(&mut self) -> std::io::Result<Worker> {
+        self.begin();
+        Worker::start(&self.settings)
     }
 
     /// With another worker: what an earlier one drained is gone with it, and dropping its end tells who waits.
@@ -171,15 +166,51 @@ impl Supervisor {
         self.brought.clear();
     }
 
-    /// Serves one worker until it is gone or shall go.
-    async fn attend(&mut self, worker: &Worker) -> Ended {
-        let now = |served: &&super::Served| !self.served_later(&served.proxy);
-        let all: Vec<ToWorker> = self.sockets.all().filter(now).map(|served| self.serve_message(served)).collect();
-        for message in all {
-            if self.send(worker, &message, &[]).await.is_err() {
-                return Ended::WorkerGone;
+    /// The worker of an agent before this one, or the one whose descriptors did not all come; takes commands meanwhile.
+    async fn take_over(&mut self) -> ControlFlow<(), Option<Worker>> {
+        let settings = self.settings.clone();
+        let mut adopting = std::pin::pin!(Worker::adopt(&settings));
+        loop {
+            tokio::select! {
+                worker = &mut adopting => return ControlFlow::Continue(worker),
+                command = self.commands.recv() => self.without_worker(command).await?,
             }
         }
+    }
+
+    /// Takes commands while no worker is at the other end.
+    async fn wait(&mut self, pause: Duration) -> ControlFlow<()> {
+        let until = Instant::now() + pause;
+        loop {
+            tokio::select! {
+                () = sleep_until(until) => return ControlFlow::Continue(()),
+                command = self.commands.recv() => self.without_worker(command).await?,
+            }
+        }
+    }
+
+    async fn without_worker(&mut self, command: Option<Command>) -> ControlFlow<()> {
+        match command {
+            None => return ControlFlow::Break(()),
+            Some(Command::Serve(served)) => self.sockets.serve(served),
+            // A worker that is taken over may serve it: it is told then. Another one does not know it, which tells who waits.
+            Some(Command::Stop { proxy, deadline, done }) => {
+                let service = self.forget(&proxy);
+                self.stopping(proxy, service, deadline, done);
+            }
+            Some(Command::Shutdown { done, .. }) => {
+                process::end_recorded(&self.settings.data_dir).await;
+                process::forget(&self.settings.data_dir);
+                tell(done);
+                return ControlFlow::Break(());
+            }
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Serves one worker until it is gone or shall go.
+    async fn attend(&mut self, worker: &Worker) -> Ended {
+        let Ok(()) = self.greet(worker).await else { return Ended::WorkerGone };
         self.owed = 0;
         let mut pings = interval_at(Instant::now() + PING_EVERY, PING_EVERY);
         pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -215,6 +246,20 @@ impl Supervisor {
                 return Ended::WorkerGone;
             }
         }
+    }
+
+    /// Tells a worker all that it shall serve, and one that was taken over what it shall not.
+    async fn greet(&mut self, worker: &Worker) -> Result<(), ()> {
+        let now = |served: &&super::Served| !self.served_later(&served.proxy);
+        let serve = self.sockets.all().filter(now).map(|served| self.serve_message(served));
+        // That it has stopped, or that it shall, may have been lost.
+        let drained = self.stopping.iter().map(|(proxy, stopping)| (proxy.clone(), stopping.deadline_ms()));
+        let replaced = self.replaced.iter().map(|proxy| (proxy.clone(), 0));
+        let stop = drained.chain(replaced).map(|(proxy, deadline_ms)| ToWorker::Stop { proxy, deadline_ms });
+        for message in serve.chain(stop).collect::<Vec<_>>() {
+            self.send(worker, &message, &[]).await?;
+        }
+        Ok(())
     }
 
     async fn ping(&mut self, worker: &Worker) -> Result<(), ()> {
@@ -294,25 +339,49 @@ impl Supervisor {
         done: oneshot::Sender<()>,
     ) -> Result<(), ()> {
         let brought = self.brought.iter().any(|(owner, ..)| *owner == proxy);
-        self.brought.retain(|(owner, ..)| *owner != proxy);
-        let service = self.sockets.get(&proxy).map(|served| served.service.clone());
-        self.sockets.remove(&proxy);
         let rests = self.failed.waits(&proxy);
-        self.failed.forget(&proxy);
-        self.view.send_modify(|view| _ = view.proxy_failures.remove(&proxy));
-        if let Some(stopping) = self.stopping.get_mut(&proxy) {
-            stopping.waiting.push(done);
-            return Ok(());
-        }
-        if rests || service.is_none() && !brought {
+        let service = self.forget(&proxy);
+        if !self.stopping.contains_key(&proxy) && (rests || service.is_none() && !brought) {
             self.view.send_modify(|view| drop(view.proxies.remove(&proxy)));
             tell(done);
             return Ok(());
         }
-        let overdue = Instant::now().checked_add(deadline).and_then(|end| end.checked_add(STUCK));
-        self.stopping.insert(proxy.clone(), Stopping { service, waiting: vec![done], overdue });
+        if !self.stopping(proxy.clone(), service, deadline, done) {
+            return Ok(());
+        }
         let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
         self.send(worker, &ToWorker::Stop { proxy, deadline_ms }, &[]).await
+    }
+
+    /// `proxy` is not wanted any more; returns whose it was.
+    fn forget(&mut self, proxy: &str) -> Option<String> {
+        self.brought.retain(|(owner, ..)| owner != proxy);
+        let service = self.sockets.get(proxy).map(|served| served.service.clone());
+        self.sockets.remove(proxy);
+        self.failed.forget(proxy);
+        self.view.send_modify(|view| _ = view.proxy_failures.remove(proxy));
+        service
+    }
+
+    /// Notes that `proxy` is being drained and who waits for its end; false if it was before.
+    fn stopping(
+        &mut self,
+        proxy: String,
+        service: Option<String>,
+        deadline: Duration,
+        done: oneshot::Sender<()>,
+    ) -> bool {
+        match self.stopping.entry(proxy) {
+            Entry::Occupied(mut known) => {
+                known.get_mut().waiting.push(done);
+                false
+            }
+            Entry::Vacant(new) => {
+                let overdue = Instant::now().checked_add(deadline).and_then(|end| end.checked_add(STUCK));
+                new.insert(Stopping { service, waiting: vec![done], overdue });
+                true
+            }
+        }
     }
 
     async fn answer(&mut self, worker: &Worker, message: ToAgent, mut descriptors: Vec<OwnedFd>) -> Result<(), ()> {

@@ -98,10 +98,13 @@ impl Proxies {
         self.served.insert(proxy.to_owned(), Served { client, stop: Some(stop), status, tally, task, named: true });
     }
 
-    /// Drains `proxy`.
+    /// Drains `proxy`. Of one that is not served, the agent has not heard that it has stopped.
     pub(super) fn stop(&mut self, proxy: &str, deadline: Duration) {
         let Some(served) = self.served.get_mut(proxy) else {
-            return warn!(proxy, "told to stop a proxy that is not served");
+            warn!(proxy, "told to stop a proxy that is not served");
+            let (link, proxy) = (Arc::clone(&self.link), proxy.to_owned());
+            tokio::spawn(async move { link.tell(ToAgent::Stopped { proxy }).await });
+            return;
         };
         if let Some(stop) = served.stop.take() {
             let _runs_until_told = stop.send(deadline);
@@ -230,6 +233,16 @@ mod tests {
     use super::*;
     use crate::handoff::SideTraffic;
     use crate::threads::DataThreads;
+
+    #[tokio::test]
+    async fn of_a_proxy_that_is_not_served_it_is_told_that_it_has_stopped() {
+        let threads = DataThreads::new(1).expect("thread");
+        let (link, mut messages) = Link::new();
+        let (events, _reader) = Events::new(Arc::default());
+        Proxies::new(link, threads.placement(), events).stop("web", Duration::ZERO);
+        let told = messages.recv().await.expect("told");
+        assert!(matches!(&told, ToAgent::Stopped { proxy } if proxy == "web"), "{told:?}");
+    }
 
     #[tokio::test]
     async fn a_proxy_that_fails_is_told_by_its_name_also_when_another_ends_with_it() {

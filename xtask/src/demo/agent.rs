@@ -9,6 +9,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::{DASHBOARD, interrupt};
@@ -30,7 +32,7 @@ pub(crate) struct Demo {
 }
 
 impl Demo {
-    /// Starts `culvert agent -dev` and waits until it serves.
+    /// Starts `culvert agent -dev`. Whatever comes then, [`Demo::leave`] has to follow.
     pub(crate) fn start(bin: &Path) -> anyhow::Result<Self> {
         let folder = cache().join("demo");
         std::fs::create_dir_all(&folder)?;
@@ -44,9 +46,11 @@ impl Demo {
         command.stdout(file.try_clone()?).stderr(file).process_group(0);
         println!("+ culvert agent -dev -config-file {}   (log: {})", settings.display(), log.display());
         let agent = std::cell::RefCell::new(command.spawn().context("start the agent")?);
-        let demo = Self { agent, binary, settings, log };
-        demo.until("the agent serves", START, || demo.get(API, "/v1/culvert/status").is_ok())?;
-        Ok(demo)
+        Ok(Self { agent, binary, settings, log })
+    }
+
+    pub(crate) fn wait_served(&self) -> anyhow::Result<()> {
+        self.until("the agent serves", START, || self.get(API, "/v1/culvert/status").is_ok())
     }
 
     pub(crate) fn binary(&self) -> &Path {
@@ -71,21 +75,27 @@ impl Demo {
     pub(crate) fn observe(&self, lines: usize, patience: Duration) -> anyhow::Result<()> {
         let mut observer = Command::new(&self.binary);
         let mut observer = observer.arg("observe").stdout(Stdio::piped()).spawn().context("start culvert observe")?;
+        let shown = self.show(&mut observer, lines, patience);
+        observer.kill()?;
+        observer.wait().context("culvert observe")?;
+        shown
+    }
+
+    fn show(&self, observer: &mut Child, lines: usize, patience: Duration) -> anyhow::Result<()> {
         let output = observer.stdout.take().context("its output")?;
         let (send, seen) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             let output = BufReader::new(output);
             output.lines().map_while(Result::ok).try_for_each(|line| send.send(line))
         });
-        let deadline = Instant::now() + patience;
-        for _ in 0..lines {
-            let Ok(line) = seen.recv_timeout(deadline.saturating_duration_since(Instant::now())) else {
-                bail!("culvert observe showed less than {lines} lines in {patience:?}");
-            };
-            println!("  {line}");
-        }
-        observer.kill()?;
-        observer.wait().map(drop).context("culvert observe")
+        let mut shown = 0;
+        self.until(&format!("culvert observe shows {lines} lines"), patience, || {
+            seen.try_iter().take(lines - shown).for_each(|line| {
+                println!("  {line}");
+                shown += 1;
+            });
+            shown == lines
+        })
     }
 
     pub(crate) fn run_job(&self, bin: &Path, file: &Path) -> anyhow::Result<()> {
@@ -179,7 +189,12 @@ impl Demo {
             return Ok(());
         }
         println!("+ culvert leave");
-        self.culvert(&["leave"])?;
+        if let Err(error) = self.culvert(&["leave"]) {
+            // It starts or ends already. Told by a signal, a `-dev` agent leaves as well.
+            println!("{error:#}");
+            let agent = i32::try_from(self.agent.borrow().id())?;
+            kill(Pid::from_raw(agent), Signal::SIGTERM).context("end the agent")?;
+        }
         let status = self.agent.borrow_mut().wait()?;
         if !status.success() {
             bail!("the agent ended with {status}\n{}", self.log_tail());

@@ -3,19 +3,27 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, bail};
-use nix::sys::signal::{SigSet, Signal};
+use tokio::signal::unix::{SignalKind, signal};
 
 static ASKED: AtomicBool = AtomicBool::new(false);
 
 /// From now on, signals that ask to end are remembered instead. Programs that are started get them as ever.
 pub(crate) fn remember() -> anyhow::Result<()> {
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
-    // Before any thread is made: all of them inherit it.
-    signals.thread_block().context("hold signals back")?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().context("await signals")?;
+    let entered = runtime.enter();
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    drop(entered);
     std::thread::spawn(move || {
-        while signals.wait().is_ok() {
+        runtime.block_on(async {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+                _ = hang_up.recv() => {}
+            }
             ASKED.store(true, Ordering::SeqCst);
-        }
+        });
     });
     Ok(())
 }

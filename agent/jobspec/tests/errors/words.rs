@@ -27,7 +27,8 @@ fn complaint(least: &Job, block: &str, text: &str) -> Option<String> {
         Err(errors) => {
             let [error] = errors.errors() else { return Some(errors.to_string()) };
             let line = error.location.as_ref().map(|location| location.text.trim());
-            let named = text.split(|c: char| !c.is_alphanumeric() && c != '_').any(|name| error.message.contains(name));
+            let mut names = text.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|name| !name.is_empty());
+            let named = names.any(|name| error.message.contains(&format!("{name:?}")));
             let refused = error.message.ends_with("is not supported by culvert yet") && named && line == Some(text);
             (!refused).then(|| errors.to_string())
         }

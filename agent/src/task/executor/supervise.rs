@@ -23,8 +23,9 @@ use super::privileges::TaskUser;
 use super::protocol::{StageReply, StageSpec, StartReply, Words as _, read_message};
 use crate::report::chain;
 use crate::task::cgroup::{self, Hierarchies, TaskCgroup};
+use crate::task::identity::ProcessIdentity;
 use crate::task::logs::{Rotator, Stream};
-use crate::task::record::{EXECUTOR_FILE, EXIT_FILE, ExitFile, ExitStatus, ProcessIdentity, TaskRecord, write_json};
+use crate::task::record::{EXECUTOR_FILE, EXIT_FILE, ExitFile, ExitStatus, TaskRecord, write_json};
 use crate::task::spec::{Driver, TaskSpec};
 
 /// How long a stage may take to set a task up.
