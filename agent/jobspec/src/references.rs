@@ -125,7 +125,9 @@ impl Checker<'_> {
 
     fn report(&self, known: &Known<'_>, path: &str, name: &str) {
         let reference = format!("${{{name}}}");
+        let own_meta = path.contains("meta.") && !path.contains(".service.");
         let message = match family(name) {
+            Some(("meta", _)) if own_meta => format!("{reference} in \"meta\": one key cannot refer to another"),
             Some((kind, rest)) => {
                 format!("{reference} refers to {kind} {rest:?}, which group {:?} does not have", self.group.name)
             }

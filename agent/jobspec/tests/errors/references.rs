@@ -59,6 +59,9 @@ fn every_kind_of_reference_is_refused_by_name() {
         in_env(&format!("${{NOMAD_UPSTREAM_{kind}_web}}"), message);
     }
     in_env("${NOMAD_META_owner}", "refers to meta \"owner\", which group \"web\" does not have");
+    let meta = "meta {\n a = \"x\"\n k = \"${NOMAD_META_a}\"\n}\n  group \"web\" {";
+    let refused = "${NOMAD_META_a} in \"meta\": one key cannot refer to another";
+    case("  group \"web\" {", meta, refused, "${NOMAD_META_a}");
     in_env(
         "${NOMAD_PORT_connect-proxy-api}",
         "refers to port \"connect-proxy-api\", which group \"web\" does not have",
