@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, OFlags};
 use rustix::net::SendFlags;
-use tracing::error;
+use tracing::{Level, error};
 use tracing_subscriber::EnvFilter;
 
 /// How long a line waits for a reader that is slow. What it delays may be the data path.
@@ -35,7 +35,11 @@ pub fn to_stderr(filter: &str) {
         // To say on standard error that standard error fails would end the thread that had something to say.
         .log_internal_errors(false)
         .init();
-    std::panic::set_hook(Box::new(|panic| {
+    let otherwise = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !tracing::enabled!(Level::ERROR) {
+            return otherwise(panic);
+        }
         let trace = Backtrace::capture();
         match trace.status() {
             BacktraceStatus::Captured => error!("{panic}\n{trace}"),
@@ -49,8 +53,10 @@ enum Stderr {
     /// A pipe or a terminal, opened anew: `O_NONBLOCK` on the descriptor itself would be others' as well.
     Own(File),
     Socket,
+    /// One of those that may not be opened anew, as after a change of user. Two writers at once may have to wait for each other.
+    Polled,
     /// A file never waits.
-    Shared,
+    File,
 }
 
 impl Stderr {
@@ -60,18 +66,22 @@ impl Stderr {
             Ok(FileType::Fifo | FileType::CharacterDevice) => {
                 let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
                 let own = OpenOptions::new().write(true).custom_flags(flags).open("/proc/self/fd/2");
-                own.map_or(Self::Shared, Self::Own)
+                own.map_or(Self::Polled, Self::Own)
             }
             Ok(FileType::Socket) => Self::Socket,
-            _ => Self::Shared,
+            _ => Self::File,
         }
     }
 
     fn write(&self, text: &[u8]) -> io::Result<usize> {
+        // A terminal that two write to at once refuses one of them.
+        let mut stderr = io::stderr().lock();
         match self {
             Self::Own(file) => (&*file).write(text),
             Self::Socket => Ok(rustix::net::send(io::stderr(), text, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?),
-            Self::Shared => io::stderr().write_all(text).map(|()| text.len()),
+            Self::Polled if !is_writable(Timespec::default()) => Err(ErrorKind::WouldBlock.into()),
+            Self::Polled => stderr.write(text),
+            Self::File => stderr.write_all(text).map(|()| text.len()),
         }
     }
 }
@@ -83,10 +93,10 @@ impl Write for Line {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let stderr = STDERR.get_or_init(Stderr::find);
         let left_out = LEFT_OUT.swap(0, Ordering::Relaxed);
-        let text = text(line, left_out);
+        let text = if matches!(stderr, Stderr::File) { line.into() } else { text(line, left_out) };
         let mut written = stderr.write(&text);
         // Once a line was left out, the next ones do not wait.
-        if left_out == 0 && is_full(&written) && becomes_writable() {
+        if left_out == 0 && is_full(&written) && is_writable(PATIENCE) {
             written = stderr.write(&text);
         }
         if is_full(&written) {
@@ -123,10 +133,10 @@ fn is_full(written: &io::Result<usize>) -> bool {
     written.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
 }
 
-fn becomes_writable() -> bool {
+fn is_writable(patience: Timespec) -> bool {
     let stderr = io::stderr();
     let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
-    poll(&mut fds, Some(&PATIENCE)).is_ok_and(|ready| ready > 0)
+    poll(&mut fds, Some(&patience)).is_ok_and(|ready| ready > 0)
 }
 
 #[cfg(test)]

@@ -53,7 +53,7 @@ pub(super) struct Worker {
 impl Worker {
     /// The worker of the agent before this one, if it still lives and calls. When it returns nothing, no worker is left.
     pub(super) async fn adopt(settings: &WorkerSettings) -> Option<Self> {
-        let process = recorded(&settings.data_dir)?;
+        let process = recorded(&settings.data_dir).await?;
         let called = tokio::select! {
             called = await_call(&process) => called,
             // It may have died with its agent, and be a zombie until somebody looks: its successor need not wait.
@@ -103,6 +103,11 @@ impl Worker {
         Ok(Self { control, process, child: Some(child) })
     }
 
+    /// Did an agent before this one start it?
+    pub(super) fn was_adopted(&self) -> bool {
+        self.child.is_none()
+    }
+
     /// Makes sure that the process is gone, and reaps it if it was our child.
     pub(super) async fn end(mut self) {
         if let Some(child) = &mut self.child {
@@ -115,9 +120,9 @@ impl Worker {
     }
 }
 
-/// Ends a worker that is not our child, whether it has a record or not.
+/// Ends the worker that is written down, if it lives.
 pub(super) async fn end_recorded(data_dir: &Path) {
-    if let Some(process) = recorded(data_dir) {
+    if let Some(process) = recorded(data_dir).await {
         end(&process).await;
     }
 }
@@ -131,7 +136,15 @@ async fn end(process: &ProcessIdentity) {
         }
         sleep(KILL_PAUSE).await;
     }
-    match timeout(ENDS_WITHIN, process.ended()).await {
+    let ended = async {
+        loop {
+            match process.ended().await {
+                Err(error) if is_out_of_descriptors(&error) => sleep(ANSWER_PAUSE).await,
+                ended => return ended,
+            }
+        }
+    };
+    match timeout(ENDS_WITHIN, ended).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => warn!(%error, pid = process.pid, "the end of the worker cannot be watched"),
         Err(_) => error!(pid = process.pid, "the worker was killed, and is there yet"),
@@ -205,12 +218,22 @@ fn record_path(data_dir: &Path) -> PathBuf {
     data_dir.join(FILE)
 }
 
-fn recorded(data_dir: &Path) -> Option<ProcessIdentity> {
-    let record: Option<WorkerRecord> = read_json(&record_path(data_dir)).unwrap_or_else(|error| {
-        warn!(%error, "worker.json is not readable; a running worker will drain");
-        None
-    });
-    Some(record?.process)
+/// The worker that is written down. Whether one is has to be known before another is started: for want of descriptors this
+/// waits.
+async fn recorded(data_dir: &Path) -> Option<ProcessIdentity> {
+    loop {
+        match read_json::<WorkerRecord>(&record_path(data_dir)) {
+            Ok(record) => return Some(record?.process),
+            Err(error) if is_out_of_descriptors(&error) => {
+                warn!(%error, "worker.json cannot be read yet");
+                sleep(ANSWER_PAUSE).await;
+            }
+            Err(error) => {
+                warn!(%error, "worker.json is not readable; a running worker will drain");
+                return None;
+            }
+        }
+    }
 }
 
 fn write_record(data_dir: &Path, process: &ProcessIdentity) -> io::Result<()> {

@@ -66,6 +66,10 @@ struct Stopping {
 }
 
 impl Stopping {
+    fn is_overdue(&self) -> bool {
+        self.overdue.is_some_and(|overdue| overdue <= Instant::now())
+    }
+
     /// What is left of the time for its connections.
     fn deadline_ms(&self) -> u64 {
         let left = |overdue: Instant| overdue.saturating_duration_since(Instant::now() + STUCK);
@@ -111,7 +115,7 @@ impl Supervisor {
                     Err(error) => {
                         error!(%error, "cannot start the worker; mesh connections are refused until it runs");
                         pause = next_pause(pause, Duration::ZERO);
-                        if self.wait(pause).await.is_break() {
+                        if self.wait(pause, false).await.is_break() {
                             return;
                         }
                         continue;
@@ -134,7 +138,7 @@ impl Supervisor {
                 Ended::Incomplete => {
                     drop(worker); // it calls again, as if this were the next agent
                     self.brought.clear(); // it brings them again
-                    if self.wait(TAKE_OVER_PAUSE).await.is_break() {
+                    if self.wait(TAKE_OVER_PAUSE, true).await.is_break() {
                         return;
                     }
                     let ControlFlow::Continue(worker) = self.take_over().await else { return };
@@ -146,7 +150,7 @@ impl Supervisor {
             pause = vacancy(pause, started.elapsed());
             let at_once = starts == 1; // the first end is answered at once: backlogs are waiting
             warn!(?pause, "the worker ended; starting another");
-            if !at_once && self.wait(pause).await.is_break() {
+            if !at_once && self.wait(pause, false).await.is_break() {
                 return;
             }
         }
@@ -173,30 +177,34 @@ impl Supervisor {
         loop {
             tokio::select! {
                 worker = &mut adopting => return ControlFlow::Continue(worker),
-                command = self.commands.recv() => self.without_worker(command).await?,
+                command = self.commands.recv() => self.without_worker(command, true).await?,
             }
         }
     }
 
-    /// Takes commands while no worker is at the other end.
-    async fn wait(&mut self, pause: Duration) -> ControlFlow<()> {
+    /// Takes commands while no worker is at the other end; one may live.
+    async fn wait(&mut self, pause: Duration, may_live: bool) -> ControlFlow<()> {
         let until = Instant::now() + pause;
         loop {
             tokio::select! {
                 () = sleep_until(until) => return ControlFlow::Continue(()),
-                command = self.commands.recv() => self.without_worker(command).await?,
+                command = self.commands.recv() => self.without_worker(command, may_live).await?,
             }
         }
     }
 
-    async fn without_worker(&mut self, command: Option<Command>) -> ControlFlow<()> {
+    async fn without_worker(&mut self, command: Option<Command>, may_live: bool) -> ControlFlow<()> {
         match command {
             None => return ControlFlow::Break(()),
             Some(Command::Serve(served)) => self.sockets.serve(served),
-            // A worker that is taken over may serve it: it is told then. Another one does not know it, which tells who waits.
             Some(Command::Stop { proxy, deadline, done }) => {
                 let service = self.forget(&proxy);
-                self.stopping(proxy, service, deadline, done);
+                if may_live {
+                    // A worker that is taken over may serve it: it is told then.
+                    self.stopping(proxy, service, deadline, done);
+                } else {
+                    tell(done);
+                }
             }
             Some(Command::Shutdown { done, .. }) => {
                 process::end_recorded(&self.settings.data_dir).await;
@@ -268,6 +276,14 @@ impl Supervisor {
             return Err(());
         }
         self.owed += 1;
+        // Of what a worker should have told of long since, it says nothing any more.
+        let overdue = |(proxy, stopping): (&String, &Stopping)| {
+            (stopping.is_overdue() && self.sockets.get(proxy).is_some()).then(|| proxy.clone())
+        };
+        for proxy in self.stopping.iter().filter_map(overdue).collect::<Vec<_>>() {
+            self.stopping.remove(&proxy);
+            self.serve_anew(worker, &proxy).await?;
+        }
         self.send(worker, &ToWorker::Ping, &[]).await
     }
 
@@ -282,7 +298,8 @@ impl Supervisor {
 
     /// It is served again once it has stopped, or its pause is over.
     fn served_later(&self, proxy: &str) -> bool {
-        self.replaced.contains(proxy) || self.failed.waits(proxy) || self.stopping.contains_key(proxy)
+        let drained = self.stopping.get(proxy).is_some_and(|stopping| !stopping.is_overdue());
+        drained || self.replaced.contains(proxy) || self.failed.waits(proxy)
     }
 
     async fn serve(&mut self, worker: &Worker, served: super::Served) -> Result<(), ()> {
@@ -300,7 +317,7 @@ impl Supervisor {
         if let Some(stopping) = self.stopping.get(&proxy) {
             // The worker would refuse it before it has stopped.
             self.view.send_modify(|view| drop(view.proxies.remove(&proxy)));
-            if stopping.overdue.is_none_or(|overdue| Instant::now() < overdue) {
+            if !stopping.is_overdue() {
                 return Ok(());
             }
             self.stopping.remove(&proxy);
@@ -341,7 +358,9 @@ impl Supervisor {
         let brought = self.brought.iter().any(|(owner, ..)| *owner == proxy);
         let rests = self.failed.waits(&proxy);
         let service = self.forget(&proxy);
-        if !self.stopping.contains_key(&proxy) && (rests || service.is_none() && !brought) {
+        // One that was taken over may not have said yet what it serves.
+        let unknown = service.is_none() && !brought && !worker.was_adopted();
+        if !self.stopping.contains_key(&proxy) && (rests || unknown) {
             self.view.send_modify(|view| drop(view.proxies.remove(&proxy)));
             tell(done);
             return Ok(());

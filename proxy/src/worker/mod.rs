@@ -127,6 +127,7 @@ impl Worker {
             };
             info!("an agent took over");
             agent = next;
+            self.proxies.bury();
             introduction = self.proxies.introduction();
             self.proxies.unname();
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::MissedTickBehavior;
 use tracing::{info, warn};
 
@@ -131,7 +131,19 @@ impl Proxies {
 
     /// The next proxy that is gone, and what it carried; `None` while none runs. Cancel-safe.
     pub(super) async fn next_gone(&mut self) -> Option<(String, Traffic)> {
-        let proxy = match self.running.join_next().await? {
+        let joined = self.running.join_next().await?;
+        self.ended(joined)
+    }
+
+    /// Takes note of proxies that have ended while there was no agent to tell.
+    pub(super) fn bury(&mut self) {
+        while let Some(joined) = self.running.try_join_next() {
+            self.ended(joined);
+        }
+    }
+
+    fn ended(&mut self, joined: Result<String, JoinError>) -> Option<(String, Traffic)> {
+        let proxy = match joined {
             Ok(proxy) => proxy,
             Err(error) => {
                 let proxy = self.served.iter().find(|(_, served)| served.task.id() == error.id())?.0.clone();

@@ -6,9 +6,10 @@ use std::net::TcpStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::TryRecvError;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -88,14 +89,22 @@ impl Demo {
             let output = BufReader::new(output);
             output.lines().map_while(Result::ok).try_for_each(|line| send.send(line))
         });
-        let mut shown = 0;
+        let (mut shown, mut ended) = (0, false);
         self.until(&format!("culvert observe shows {lines} lines"), patience, || {
-            seen.try_iter().take(lines - shown).for_each(|line| {
-                println!("  {line}");
-                shown += 1;
-            });
-            shown == lines
-        })
+            while shown < lines && !ended {
+                match seen.try_recv() {
+                    Ok(line) => {
+                        println!("  {line}");
+                        shown += 1;
+                    }
+                    Err(TryRecvError::Empty) => return false,
+                    Err(TryRecvError::Disconnected) => ended = true,
+                }
+            }
+            true
+        })?;
+        ensure!(shown == lines, "culvert observe ended after {shown} lines");
+        Ok(())
     }
 
     pub(crate) fn run_job(&self, bin: &Path, file: &Path) -> anyhow::Result<()> {
