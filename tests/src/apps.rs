@@ -129,6 +129,20 @@ impl App {
         Ok(stream)
     }
 
+    /// Waits until it is greeted over the path that is expected.
+    ///
+    /// # Panics
+    /// When that takes too long.
+    #[must_use]
+    pub fn opened(&self, to: SocketAddr, direct: bool) -> TcpStream {
+        let mut opened = None;
+        eventually(&format!("a connection to {to}, direct: {direct}"), || {
+            opened = self.greeted(to).ok().filter(|stream| is_direct(stream) == direct);
+            opened.is_some()
+        });
+        opened.expect("just opened")
+    }
+
     /// Listens inside.
     ///
     /// # Panics

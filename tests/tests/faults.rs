@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use culvert_tests::{
-    Apps, Node, NodeOptions, PATIENCE, Pair, Process, World, echo, eventually, is_direct, service, upstream,
+    Apps, Node, NodeOptions, PATIENCE, Process, World, echo, eventually, is_direct, service, upstream,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -21,15 +21,6 @@ fn kill_worker(node: &Node) {
 }
 
 /// Waits for a connection over the path that is expected.
-fn open(pair: &Pair, direct: bool) -> TcpStream {
-    let mut opened = None;
-    eventually(&format!("a connection, direct: {direct}"), || {
-        opened = pair.caller.greeted(upstream()).ok().filter(|stream| is_direct(stream) == direct);
-        opened.is_some()
-    });
-    opened.expect("just opened")
-}
-
 fn assert_cut(stream: &mut TcpStream) {
     let error = stream.read_exact(&mut [0; 1]).expect_err("nobody sent anything");
     let cut = matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted);
@@ -58,7 +49,7 @@ fn a_killed_worker_loses_its_own_connections_only_and_the_next_one_goes_through(
         let apps = Apps::join(&world);
         let pair = node.run_pair("");
         let server = pair.called.serve(&service());
-        let mut lasting = open(&pair, direct);
+        let mut lasting = pair.caller.opened(upstream(), direct);
         for round in 1..=3 {
             kill_worker(&node);
             // Nobody accepts at this moment: the agent holds the listener, and the next worker finds who waits.
@@ -90,7 +81,7 @@ fn a_worker_accepts_within_a_second_of_the_end_of_the_one_before_however_often_t
     let apps = Apps::join(&world);
     let pair = node.run_pair("");
     let server = pair.called.serve(&service());
-    drop(open(&pair, false));
+    drop(pair.caller.opened(upstream(), false));
     let mut waits = Vec::new();
     for _ in 0..KILLS {
         let ended = Instant::now();
@@ -115,7 +106,7 @@ fn a_killed_agent_is_taken_over_with_its_worker_tasks_and_connections() {
         let apps = Apps::join(&world);
         let pair = node.run_pair("");
         let server = pair.called.serve(&service());
-        let mut lasting = open(&pair, direct);
+        let mut lasting = pair.caller.opened(upstream(), direct);
         let people = node.people();
         node.kill();
         // Nobody is at the controls; old and new connections go on as before.
@@ -135,7 +126,7 @@ fn a_killed_agent_is_taken_over_with_its_worker_tasks_and_connections() {
         });
         eventually("the worker is taken over", || node.worker().is_some());
         assert_eq!(node.people(), people, "something was started again");
-        drop(open(&pair, direct));
+        drop(pair.caller.opened(upstream(), direct));
         echo(&mut lasting, b"still here").expect("carried");
         node.culvert(&DENY);
         assert_cut(&mut lasting);

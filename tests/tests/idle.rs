@@ -2,11 +2,10 @@
 
 use std::fs;
 use std::io::{self, Read as _};
-use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use culvert_tests::{Apps, Node, NodeOptions, Pair, World, echo, eventually, is_direct, service, upstream, upstream6};
+use culvert_tests::{Apps, Node, NodeOptions, World, echo, eventually, service, upstream, upstream6};
 use nix::sys::socket::getsockopt;
 use nix::{getsockopt_impl, libc, sockopt_impl};
 use rustix::net::sockopt::{set_tcp_keepidle, set_tcp_keepintvl};
@@ -54,15 +53,6 @@ fn silence(socket: &impl AsFd) -> Duration {
     Duration::from_millis(info(socket).tcpi_last_ack_recv.into())
 }
 
-fn open(pair: &Pair, to: SocketAddr, direct: bool) -> TcpStream {
-    let mut opened = None;
-    eventually(&format!("a connection, direct: {direct}"), || {
-        opened = pair.caller.greeted(to).ok().filter(|stream| is_direct(stream) == direct);
-        opened.is_some()
-    });
-    opened.expect("just opened")
-}
-
 #[test]
 fn an_idle_connection_outlives_its_probes_on_both_paths() {
     for encryption in ["always", "between-nodes"] {
@@ -72,7 +62,7 @@ fn an_idle_connection_outlives_its_probes_on_both_paths() {
         let apps = Apps::join(&world);
         let pair = node.run_pair("");
         let server = pair.called.serve(&service());
-        let mut idle = [upstream(), upstream6()].map(|to| open(&pair, to, direct));
+        let mut idle = [upstream(), upstream6()].map(|to| pair.caller.opened(to, direct));
         let carrying = connections(&node);
         hurry(&carrying);
         // Nobody but the application probes on the direct path.
@@ -103,7 +93,7 @@ fn the_worker_notices_a_peer_that_vanished_without_a_word() {
     let apps = Apps::join(&world);
     let pair = node.run_pair("");
     let server = pair.called.serve(&service());
-    let mut stream = open(&pair, upstream(), false);
+    let mut stream = pair.caller.opened(upstream(), false);
     let carrying = connections(&node);
     // What is under way is sent again and again instead of probes.
     eventually("all is acknowledged", || carrying.iter().all(|socket| info(socket).tcpi_unacked == 0));

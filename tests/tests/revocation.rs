@@ -11,8 +11,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use culvert_tests::{
-    API, App, Apps, Node, NodeOptions, Pair, Server, World, echo, eventually, is_direct, put, service, upstream,
-    upstream_mapped, upstream6,
+    API, Apps, Node, NodeOptions, Pair, Server, World, echo, eventually, put, service, upstream, upstream_mapped,
+    upstream6,
 };
 
 /// How `caller` may come to be denied, and allowed again; `stranger` stays allowed. Each way leaves both allowed.
@@ -103,23 +103,13 @@ fn assert_cut(what: &str, error: &io::Error) {
     assert!(cut, "{what} ended otherwise: {error:?}");
 }
 
-/// Waits until `app` is greeted over the path that is expected.
-fn open(app: &App, to: SocketAddr, direct: bool) -> TcpStream {
-    let mut opened = None;
-    eventually(&format!("a connection to {to}, direct: {direct}"), || {
-        opened = app.greeted(to).ok().filter(|stream| is_direct(stream) == direct);
-        opened.is_some()
-    });
-    opened.expect("just opened")
-}
-
 /// Opens, denies, looks at all ends, allows again.
 fn deny_and_allow(node: &mut Node, pair: &Pair, server: &Server, way: &Way, to: &[SocketAddr], direct: bool) {
     set_default(node, way.default);
     way.prepare.iter().for_each(|command| obey(node, command));
-    let mut idle: Vec<_> = to.iter().map(|to| open(&pair.caller, *to, direct)).collect();
-    let busy: Vec<_> = to.iter().map(|to| Busy::start(open(&pair.caller, *to, direct))).collect();
-    let mut others: Vec<_> = to.iter().map(|to| open(&pair.stranger, *to, direct)).collect();
+    let mut idle: Vec<_> = to.iter().map(|to| pair.caller.opened(*to, direct)).collect();
+    let busy: Vec<_> = to.iter().map(|to| Busy::start(pair.caller.opened(*to, direct))).collect();
+    let mut others: Vec<_> = to.iter().map(|to| pair.stranger.opened(*to, direct)).collect();
     busy.iter().for_each(Busy::flows);
     let cut = server.cut();
 
@@ -145,7 +135,7 @@ fn deny_and_allow(node: &mut Node, pair: &Pair, server: &Server, way: &Way, to: 
 
     obey(node, way.allow);
     for to in to {
-        let mut stream = open(&pair.caller, *to, direct);
+        let mut stream = pair.caller.opened(*to, direct);
         echo(&mut stream, b"back again").expect("allowed again");
     }
 }
@@ -192,7 +182,7 @@ const NEW_REFUSED_WITHIN: Duration = Duration::from_millis(100);
 
 /// A live connection's end, and the beginning of the first attempt that was refused, both since the deny was answered.
 fn felt_after(node: &Node, pair: &Pair, direct: bool) -> (Duration, Duration) {
-    let mut live = open(&pair.caller, upstream(), direct);
+    let mut live = pair.caller.opened(upstream(), direct);
     let end = thread::spawn(move || {
         assert_cut("a live connection", &live.read_exact(&mut [0]).expect_err("nobody sent anything"));
         Instant::now()
@@ -241,8 +231,8 @@ fn a_deregistered_service_obeys_as_long_as_it_runs() {
     let apps = Apps::join(&world);
     let pair = node.run_pair("");
     let server = pair.called.serve(&service());
-    let mut denied = open(&pair.caller, upstream(), false);
-    let mut kept = open(&pair.stranger, upstream(), false);
+    let mut denied = pair.caller.opened(upstream(), false);
+    let mut kept = pair.stranger.opened(upstream(), false);
     let services = node.api("/v1/agent/services");
     let called = services.as_object().expect("services").values().find(|service| service["Service"] == "called");
     let id = called.expect("registered")["ID"].as_str().expect("an ID");

@@ -26,6 +26,14 @@ async fn hear(agent: &ControlSocket) -> ToAgent {
     agent.recv::<ToAgent>().await.expect("understood").expect("the worker is there").0
 }
 
+/// The worker attends to the agent for as long as the test plays it, and gives back what the test found.
+async fn while_attended<T>(worker: &mut Worker, control: &ControlSocket, plays: impl Future<Output = T>) -> T {
+    tokio::select! {
+        end = worker.attend(control, vec![(hello(), None)]) => panic!("{end:?}"),
+        found = plays => found,
+    }
+}
+
 /// `message` without the descriptors that it speaks of.
 async fn send_without_descriptors(agent: &ControlSocket, message: &ToWorker) {
     agent.send_raw(&serde_json::to_vec(message).expect("serialise")).await;
@@ -51,19 +59,14 @@ async fn an_agent_hears_nothing_that_was_meant_for_the_one_before() {
     let mut worker = Worker::new(threads.placement());
     let stale = ToAgent::MoreAppSockets { proxy: "web".to_owned(), family: Family::V4, count: 1 };
     worker.link.tell(stale).await;
-    let (agent, other_end) = ControlSocket::pair().expect("socketpair");
-    let control = ControlSocket::new(other_end).expect("control socket");
+    let (agent, control) = ends();
     let hears = async {
         agent.send(&ToWorker::Ping, &[]).await.expect("the worker listens");
-        let hello = agent.recv::<ToAgent>().await;
-        assert!(matches!(hello, Ok(Some((ToAgent::Hello { .. }, _)))), "{hello:?}");
-        let next = agent.recv::<ToAgent>().await;
-        assert!(matches!(next, Ok(Some((ToAgent::Pong, _)))), "{next:?}");
+        assert!(matches!(hear(&agent).await, ToAgent::Hello { .. }));
+        let next = hear(&agent).await;
+        assert!(matches!(next, ToAgent::Pong), "{next:?}");
     };
-    tokio::select! {
-        end = worker.attend(&control, vec![(hello(), None)]) => panic!("{end:?}"),
-        () = hears => {}
-    }
+    while_attended(&mut worker, &control, hears).await;
 }
 
 #[tokio::test]
@@ -88,10 +91,7 @@ async fn sockets_that_got_lost_are_asked_for_again() {
             assert!(matches!(next, ToAgent::Pong), "nobody wants one now: {next:?}");
         }
     };
-    tokio::select! {
-        end = worker.attend(&control, vec![(hello(), None)]) => panic!("{end:?}"),
-        () = takes => {}
-    }
+    while_attended(&mut worker, &control, takes).await;
 }
 
 #[tokio::test]
@@ -128,10 +128,7 @@ async fn a_lost_descriptor_is_missed_by_who_asked_for_it_and_nonsense_by_nobody(
         };
         futures::join!(v6, refused, answered);
     };
-    tokio::select! {
-        end = worker.attend(&control, vec![(hello(), None)]) => panic!("{end:?}"),
-        () = takes => {}
-    }
+    while_attended(&mut worker, &control, takes).await;
 }
 
 #[tokio::test]
@@ -158,10 +155,7 @@ async fn events_that_come_together_are_sent_together_and_none_is_lost() {
     for number in 0..EVENTS {
         events.emit(crate::testing::event(number));
     }
-    let messages = tokio::select! {
-        end = worker.attend(&control, vec![(hello(), None)]) => panic!("{end:?}"),
-        messages = hears => messages,
-    };
+    let messages = while_attended(&mut worker, &control, hears).await;
     assert!((2..EVENTS / 5).contains(&messages), "more than a message holds, in {messages} messages");
 }
 

@@ -59,6 +59,14 @@ async fn a_worker_that_says_something_unknown_is_drained_to_its_end() {
     timeout(STUCK, drained).await.expect("it has ended");
 }
 
+/// The supervisor attends to the worker for as long as the test plays it.
+async fn while_served(supervisor: &mut Supervisor, worker: &Worker, plays: impl Future<Output = ()>) {
+    tokio::select! {
+        _ = supervisor.attend(worker) => panic!("the worker was given up"),
+        () = plays => {}
+    }
+}
+
 /// Has `proxy` served by the worker at the other end of the control socket.
 fn served(proxy: &str) -> Command {
     let (proxy, service, upstreams) = (proxy.to_owned(), "web".to_owned(), Vec::new());
@@ -111,10 +119,7 @@ async fn a_proxy_that_the_worker_gave_up_is_served_again_and_later_each_time() {
         assert!(view.borrow().proxies.is_empty() && view.borrow().proxy_failures.is_empty());
         assert!(timeout(5 * FIRST_PAUSE, told(&other_end)).await.is_err(), "it is not wanted any more");
     };
-    tokio::select! {
-        _ = supervisor.attend(&worker) => panic!("the worker was given up"),
-        () = fails => {}
-    }
+    while_served(&mut supervisor, &worker, fails).await;
 }
 
 #[tokio::test]
@@ -142,10 +147,7 @@ async fn a_proxy_that_is_wanted_again_while_it_is_drained_is_served_once_that_is
         assert!(view.borrow().proxies.is_empty(), "its former life says nothing of this one");
         assert!(view.borrow().proxy_failures.is_empty(), "it did not fail");
     };
-    tokio::select! {
-        _ = supervisor.attend(&worker) => panic!("the worker was given up"),
-        () = changes_its_mind => {}
-    }
+    while_served(&mut supervisor, &worker, changes_its_mind).await;
 }
 
 #[tokio::test]
@@ -185,10 +187,7 @@ async fn a_worker_that_is_taken_over_anew_drains_on_and_is_not_told_to_serve_wha
         assert!(matches!(told(&other_end).await, ToWorker::Serve { proxy, .. } if proxy == "web"));
         gone.await.expect("told");
     };
-    tokio::select! {
-        _ = supervisor.attend(&worker) => panic!("the worker was given up"),
-        () = drains => {}
-    }
+    while_served(&mut supervisor, &worker, drains).await;
     assert!(supervisor.view.borrow().proxy_failures.is_empty(), "it did not fail");
 }
 
